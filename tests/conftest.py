@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import os
+
+# A stray call to the hub would hang on a machine without network; nothing here needs it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from . import tiny
+
+# The suite runs several workers on few cores; more threads than cores only get in each other's way.
+torch.set_num_threads(int(os.environ.get("STEER_BAKE_TEST_THREADS", "1")))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untied bfloat16 tiny Llama in one file. Read-only: copy it before changing it."""
+    return tiny.save_llama(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tied bfloat16 tiny Llama in several shards. Read-only."""
+    return tiny.save_llama(tmp_path_factory.mktemp("tied_llama"), tied=True, shard_size="20KB")
