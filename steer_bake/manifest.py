@@ -1,0 +1,138 @@
+"""``steering.json`` and ``steering.safetensors``: what a baked folder says of itself.
+
+The JSON holds the recipe, the base, the plan and the files; the safetensors file holds the vectors. Together they give
+back the interventions, so that a folder can be validated, audited and undone without the recipe that made it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from . import __version__
+from .affine import Affine
+from .checkpoint import FileRecord
+from .direction import Direction
+from .errors import CheckpointError
+from .interventions import Intervention
+from .models import ModelRef
+from .plan import Plan, describe
+from .sites import Site
+from .stages import write_text
+
+JSON_FILE = "steering.json"
+VECTORS_FILE = "steering.safetensors"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A baked folder's own account of itself."""
+
+    content: Mapping[str, Any]  # steering.json as it is
+    interventions: tuple[Intervention, ...]
+
+    @property
+    def base(self) -> Mapping[str, Any]:
+        """``name``, ``folder``, ``hub_id``, ``revision`` and ``packaged`` of the model that was baked."""
+        found: Mapping[str, Any] = self.content["base"]
+        return found
+
+
+def exists(folder: Path) -> bool:
+    """True where ``folder`` was baked before."""
+    return (folder / JSON_FILE).is_file()
+
+
+def write(
+    folder: Path,
+    plan: Plan,
+    ref: ModelRef,
+    records: Sequence[FileRecord],
+    *,
+    recipe: str | None,
+    stacked_on: Any = None,
+) -> None:
+    """Write both files into ``folder``; ``recipe`` is the YAML text, kept verbatim."""
+    tensors = {}
+    for index, intervention in enumerate(plan.interventions):
+        affine = intervention.affine
+        parts = {"left": affine.left, "right": affine.right, "shift": affine.shift}
+        if intervention.direction is not None:
+            parts["direction"] = intervention.direction.vector
+        # clones: one vector may serve as two of these, and the format stores no tensor twice
+        tensors.update({f"{index}.{name}": part.clone() for name, part in parts.items() if part.numel()})
+    save_file(tensors, folder / VECTORS_FILE, metadata={"format": "pt"})
+    content = {
+        "tool": {"name": "steer-bake", "version": __version__},
+        "base": {**asdict(ref), "folder": str(ref.folder)},
+        "recipe": recipe,
+        "plan": plan.as_json(),
+        "plan_sha256": plan.sha256,
+        "files": [asdict(record) for record in records],
+        "stacked_on": stacked_on,
+    }
+    (folder / JSON_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def set_recipe(folder: Path, recipe: str) -> None:
+    """Bring the recipe's text up to date where a part of it changed that does not touch the weights."""
+    content = json.loads((folder / JSON_FILE).read_text())
+    if content["recipe"] != recipe:
+        write_text(folder / JSON_FILE, json.dumps({**content, "recipe": recipe}, indent=2) + "\n")
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a baked folder.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its two files do not belong together.
+    """
+    if not exists(folder):
+        raise CheckpointError(f"{folder} holds no {JSON_FILE}: it was not baked by steer-bake, or the file was removed")
+    try:
+        content = json.loads((folder / JSON_FILE).read_text())
+        tensors = load_file(folder / VECTORS_FILE)
+        described = content["plan"]["interventions"]
+        found = tuple(_intervention(index, one, tensors) for index, one in enumerate(described))
+        content["base"]["name"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{JSON_FILE} or {VECTORS_FILE} in {folder} is damaged ({type(error).__name__}: {error}); bake it again"
+        ) from error
+    for intervention, one in zip(found, described, strict=True):
+        if describe(intervention)["sha256"] != one["sha256"]:
+            raise CheckpointError(
+                f"{JSON_FILE} and {VECTORS_FILE} in {folder} do not belong together (the vector of {one['name']} at "
+                f"{one['site']} has another hash); bake it again"
+            )
+    return Manifest(content, found)
+
+
+def _intervention(index: int, described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Intervention:
+    shift = tensors[f"{index}.shift"]
+    none = torch.zeros(len(shift), 0)
+    affine = Affine(tensors.get(f"{index}.left", none), tensors.get(f"{index}.right", none), shift)
+    point, _, layer = described["site"].partition(".")
+    return Intervention(
+        Site(point, int(layer) if layer else None),
+        affine,
+        described["name"],
+        described["amount"],
+        described["stream_norm"],
+        _direction(described["direction"], tensors.get(f"{index}.direction")),
+    )
+
+
+def _direction(described: Mapping[str, Any] | None, vector: torch.Tensor | None) -> Direction | None:
+    if described is None or vector is None:
+        return None
+    point, _, layer = (described["site"] or "").partition(".")
+    known = {key: value for key, value in described.items() if key not in ("site", "sha256")}
+    return Direction(vector, Site(point, int(layer)) if layer else None, **known)

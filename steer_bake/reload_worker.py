@@ -1,0 +1,129 @@
+"""Runs in a fresh process that never imports steer_bake: what a user of plain transformers would get.
+
+``python reload_worker.py job.json``: loads every candidate of the job strictly and writes its logits, greedy tokens and
+stream readings to safetensors files. The functions are also what measures the hooked reference, so that both sides are
+read with the same instrument.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+if __name__ == "__main__":  # this file lives inside a package whose module names must not shadow installed ones
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+
+def load_strict(folder: str, dtype: str) -> tuple[PreTrainedModel, list[str]]:
+    """The model by plain transformers, and one sentence per key that did not fit exactly."""
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
+    model, info = loaded
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    return model.eval(), [f"{kind.replace('_', ' ')}: {key}" for kind in kinds for key in sorted(map(str, info[kind]))]
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Left-padded ids and their attention mask, both [batch, longest]."""
+    longest = max(map(len, rows))
+    ids = [[pad_id] * (longest - len(row)) + list(row) for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Logits of the real tokens of one left-padded batch, [tokens, vocab] float32."""
+    ids, mask = (part.to(model.device) for part in pad(rows, pad_id))
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    out: Tensor = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    return out[mask.bool()].float().cpu()
+
+
+@torch.inference_mode()
+def greedy(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, tokens: int) -> Tensor:
+    """Cached greedy decoding of one left-padded batch, [batch, <= tokens] ids, padded with ``pad_id`` after the end."""
+    ids, mask = (part.to(model.device) for part in pad(rows, pad_id))
+    out: Tensor = cast(Any, model).generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, num_beams=1,
+        repetition_penalty=1.0, no_repeat_ngram_size=0, use_cache=True, pad_token_id=pad_id,
+    )  # fmt: skip
+    return out[:, ids.shape[1] :].cpu().contiguous()
+
+
+@torch.inference_mode()
+def readings(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, probes: Sequence[dict[str, Any]], along: Tensor
+) -> Tensor:
+    """How far the stream is from what it must be along fixed directions: max over tokens of ``|u.h - expected| / |h|``.
+
+    ``probes``: ``{"module", "side": "input" | "output", "expected": [m numbers]}`` per residual site; ``along``:
+    ``[d, m]`` unit vectors. Returns [probes, m].
+    """
+    found = torch.zeros(len(probes), along.shape[1])
+    ids, mask = (part.to(model.device) for part in pad(rows, pad_id))
+    real = mask.bool()
+
+    def read(index: int, h: Tensor) -> None:
+        wide = h[real].double().cpu()
+        off = (wide @ along.double() - torch.tensor(probes[index]["expected"], dtype=torch.float64)).abs()
+        found[index] = torch.maximum(found[index], (off / wide.norm(dim=-1, keepdim=True)).amax(0).float())
+
+    def pre_hook(index: int) -> Any:
+        return lambda _module, args, kwargs: read(index, args[0] if args else kwargs["hidden_states"])
+
+    def hook(index: int) -> Any:
+        return lambda _module, _args, output: read(index, output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack:
+        for index, probe in enumerate(probes):
+            module = model.get_submodule(probe["module"])
+            if probe["side"] == "input":
+                handle = module.register_forward_pre_hook(pre_hook(index), with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(hook(index))
+            stack.callback(handle.remove)
+        logits(model, rows, pad_id)
+    return found
+
+
+def measure(model: PreTrainedModel, job: dict[str, Any], along: Tensor, out: Path, *, whole: bool) -> None:
+    """Write ``<out>.<batch>.safetensors`` with each batch's logits; ``whole``: decoding and readings too."""
+    for index, rows in enumerate(job["batches"]):
+        save_file({"logits": logits(model, rows, job["pad_id"])}, f"{out}.{index}.safetensors")
+    if whole:
+        rest = {"greedy": greedy(model, job["decode"], job["pad_id"], job["decode_tokens"])}
+        if job["probes"]:
+            rest["readings"] = readings(model, job["batches"][0], job["pad_id"], job["probes"], along)
+        save_file(rest, f"{out}.safetensors")
+
+
+def main(job_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    torch.set_num_threads(job["threads"])
+    along = load_file(job["along"])["along"]
+    problems = {}
+    for candidate in job["candidates"]:
+        model, problems[candidate["name"]] = load_strict(candidate["folder"], candidate["dtype"])
+        if not problems[candidate["name"]]:
+            out = Path(job["out"]) / candidate["name"]
+            measure(model.to(job["device"]), job, along, out, whole=candidate["dtype"] == "float32")
+        del model
+    if "steer_bake" in sys.modules:
+        raise SystemExit("steer_bake was imported; the process is not plain transformers")
+    (Path(job["out"]) / "problems.json").write_text(json.dumps(problems))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,149 @@
+"""``with steer(model, interventions):`` the reference semantics that every bake is compared with.
+
+Hooks act on all token positions of every forward pass, prefill and cached decoding alike, padding included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from . import architectures
+from .affine import Affine
+from .architectures import Architecture, Write, submodule
+from .errors import RecipeError
+from .interventions import Intervention, in_forward_order
+
+Apply = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def steer(model: PreTrainedModel, interventions: Iterable[Intervention]) -> Iterator[PreTrainedModel]:
+    """Apply ``interventions`` to ``model`` inside the block; whatever happens there, the model is restored.
+
+    Works with ``model(...)``, ``model.generate(...)`` and pipelines built on ``model``. Order: forward order of the
+    sites, then the order given. ``writes`` and ``writers`` act on the base model's own writes, never on what another
+    intervention adds.
+
+    Raises:
+        UnknownArchitecture: no file in architectures/ claims the model's type.
+        RecipeError: a vector's width or a layer does not fit the model.
+    """
+    config = model.config.to_dict()
+    architecture = architectures.for_config(config)
+    with ExitStack() as stack:
+        for handle in _hooks(model, architecture, config, in_forward_order(interventions)):
+            stack.callback(handle.remove)
+        yield model
+
+
+@dataclass
+class _Module:
+    """What is to be done at one module, in order."""
+
+    on_input: list[Apply] = field(default_factory=list)
+    on_output: list[Apply] = field(default_factory=list)
+
+
+def _hooks(
+    model: PreTrainedModel, architecture: Architecture, config: dict[str, Any], interventions: list[Intervention]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    layers = architectures.layer_count(architecture, config)
+    width = int(config[architecture.width])
+    todo: dict[str, _Module] = {}
+
+    def at(path: str, layer: int | None = None) -> _Module:
+        return todo.setdefault(path if layer is None else path.format(layer=layer), _Module())
+
+    def on_write(write: Write, layer: int | None, affine: Affine) -> None:
+        at(write.module, layer).on_output.append(_apply(affine.divided_by(write.scale(config))))
+
+    for intervention in interventions:
+        point, layer, affine = intervention.site.point, intervention.site.layer, intervention.affine
+        if affine.width != width:
+            raise RecipeError(f"the vector of {intervention.name} has {affine.width} components; the model has {width}")
+        if layer is not None and not 0 <= layer < layers:
+            raise RecipeError(f"site {intervention.site}: this model has layers 0 to {layers - 1}")
+        if layer is None:
+            if point == "writes":
+                on_write(architecture.embedding, None, affine)
+            for each in range(layers):
+                on_write(architecture.attention, each, affine.without_shift())
+                on_write(architecture.mlp, each, affine.without_shift())
+        elif point == "resid_pre":
+            at(architecture.layer, layer).on_input.append(_apply(affine))
+        elif point == "attn_out":
+            on_write(architecture.attention, layer, affine)
+        elif point == "resid_mid" and not affine.is_linear:
+            # The middle of the stream is no module's output; adding to the attention's write moves it equally.
+            on_write(architecture.attention, layer, affine)
+        elif point == "resid_mid":
+            _hook_mid(at(architecture.layer, layer), at(architecture.attention.module, layer), affine)
+        elif point == "mlp_out":
+            on_write(architecture.mlp, layer, affine)
+        else:
+            at(architecture.layer, layer).on_output.append(_apply(affine))
+
+    # Before every other hook, so that output_hidden_states and other readers see the steered stream.
+    handles = []
+    for path, module in todo.items():
+        target = submodule(model, path)
+        if module.on_input:
+            handles.append(target.register_forward_pre_hook(_pre_hook(module.on_input), with_kwargs=True, prepend=True))
+        if module.on_output:
+            handles.append(target.register_forward_hook(_hook(module.on_output), prepend=True))
+    return handles
+
+
+def _apply(affine: Affine) -> Apply:
+    """``affine`` on activations: a shift in their own dtype, as a bias would be; a projection in float32."""
+    moved: dict[torch.device, Affine] = {}
+
+    def apply(h: Tensor) -> Tensor:
+        here = moved.get(h.device)
+        if here is None:
+            here = moved[h.device] = Affine(*(part.to(h.device) for part in (affine.left, affine.right, affine.shift)))
+        if here.left.shape[1]:
+            return here(h.float()).to(h.dtype)
+        return h + here.shift.to(h.dtype)
+
+    return apply
+
+
+def _hook_mid(layer: _Module, attention: _Module, affine: Affine) -> None:
+    """A projection of resid_mid: it needs the stream before the attention's write, kept on the way in."""
+    before: list[Tensor] = []
+
+    def keep(h: Tensor) -> Tensor:
+        before[:] = [h]
+        return h
+
+    apply = _apply(affine)
+    layer.on_input.append(keep)
+    attention.on_output.append(lambda write: apply(before[0] + write) - before[0])
+
+
+def _pre_hook(steps: list[Apply]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        h = args[0] if args else kwargs["hidden_states"]
+        for step in steps:
+            h = step(h)
+        return ((h, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": h})
+
+    return hook
+
+
+def _hook(steps: list[Apply]) -> Callable[..., Any]:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        h = output[0] if isinstance(output, tuple) else output
+        for step in steps:
+            h = step(h)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    return hook

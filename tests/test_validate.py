@@ -1,0 +1,179 @@
+"""The certificate passes on what we bake and fails, saying where, on what somebody broke."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from steer_bake.checkpoint import Checkpoint
+from steer_bake.errors import ValidationFailed
+from steer_bake.interventions import Intervention
+from steer_bake.validate import Report, validate
+
+from . import tiny
+from .test_bake import PAD, ablate, add, baked, clamp
+
+ROWS = [list(torch.randint(0, 256, (8 + 3 * n,), generator=torch.Generator().manual_seed(n))) for n in range(10)]
+ROWS = [[int(token) for token in row] for row in ROWS]
+OPTIONS = {"pad_id": PAD, "decode_prompts": 3, "decode_tokens": 8}
+
+CONSTANT = [add("resid_post.1"), add("resid_mid.2", 2.0, 4)]
+COMBINED = [clamp("writes", 2.0, 0), add("resid_post.1")]  # the added vector is along the clamped direction
+
+
+def report_of(folder: Path, base: Path, interventions: list[Intervention]) -> Report:
+    return validate(folder, base, interventions, ROWS, **OPTIONS)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def good(llama: Path, tied_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("good")
+    return {
+        "constant": baked(llama, folder / "constant", CONSTANT),
+        "combined": baked(tied_llama, folder / "combined", COMBINED),
+    }
+
+
+@pytest.mark.parametrize("kind", ["constant", "combined"])
+def test_what_was_baked_passes_every_leg(good: dict[str, Path], llama: Path, tied_llama: Path, kind: str) -> None:
+    base, interventions = (llama, CONSTANT) if kind == "constant" else (tied_llama, COMBINED)
+    report = report_of(good[kind], base, interventions)
+    assert report.passed, [check for check in report.checks if not check.passed]
+    report.require()
+    names = {check.name for check in report.checks}
+    leg = "constants" if kind == "constant" else "rank_one"
+    assert {f"function, {leg} (float32)", "function, storage dtype", "tensors", "config", "effect"} <= names
+    assert ("stream (reloaded file)" in names) == (kind == "combined")
+    assert report.effect is not None
+    assert report.effect.kl > 1e-3
+    assert all(one["dose"] > 0 for one in report.interventions if str(one["site"]).startswith("resid"))
+    json.dumps(report.as_json())
+
+
+def test_a_float32_checkpoint_has_no_storage_leg(tmp_path: Path) -> None:
+    base = tiny.save_llama(tmp_path / "base", dtype=torch.float32)
+    report = report_of(baked(base, tmp_path / "out", [ablate("writes")]), base, [ablate("writes")])
+    assert report.passed
+    assert set(report.legs) == {"rank_one"}
+
+
+# --- mutations: (which folder, what is broken, words the report must say)
+
+
+def _change(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], holding: str) -> None:
+    """Rewrite the file that holds a tensor, header and all; a hard link is broken first."""
+    opened = Checkpoint.open(folder)
+    path = folder / opened.tensors[holding].file
+    tensors = load_file(path)
+    change(tensors)
+    path.unlink()
+    save_file(tensors, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = {
+        **{name: file for name, file in content["weight_map"].items() if file != path.name},
+        **dict.fromkeys(tensors, path.name),
+    }
+    index.write_text(json.dumps(content))
+
+
+BIAS, OTHER = "model.layers.1.mlp.down_proj.bias", "model.layers.2.mlp.down_proj.bias"
+SIBLING = "model.layers.3.mlp.gate_proj.bias"
+MATRIX, TABLE = "model.layers.2.mlp.down_proj.weight", "model.embed_tokens.weight"
+
+
+def bias_removed(folder: Path, _base: Path) -> None:
+    _change(folder, lambda tensors: tensors.__delitem__(BIAS), BIAS)
+
+
+def bias_of_the_wrong_layer(folder: Path, _base: Path) -> None:
+    def swap(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[BIAS], tensors[OTHER] = tensors[OTHER], tensors[BIAS]
+
+    _change(folder, swap, BIAS)
+
+
+def sign_flipped(folder: Path, _base: Path) -> None:
+    _change(folder, lambda tensors: tensors.update({BIAS: -tensors[BIAS]}), BIAS)
+
+
+def coefficient_off_by_one_percent(folder: Path, _base: Path) -> None:
+    _change(folder, lambda tensors: tensors.update({BIAS: (1.01 * tensors[BIAS].float()).bfloat16()}), BIAS)
+
+
+def sibling_zero_bias_missing(folder: Path, _base: Path) -> None:
+    _change(folder, lambda tensors: tensors.__delitem__(SIBLING), SIBLING)
+
+
+def config_flag_missing(folder: Path, _base: Path) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    del content["mlp_bias"]
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def matrix_left_unedited(folder: Path, base: Path) -> None:
+    before = Checkpoint.open(base).read(MATRIX)
+    _change(folder, lambda tensors: tensors.update({MATRIX: before}), MATRIX)
+
+
+def embedding_left_unedited(folder: Path, base: Path) -> None:
+    before = Checkpoint.open(base).read(TABLE)
+    _change(folder, lambda tensors: tensors.update({TABLE: before}), TABLE)
+
+
+def ablation_one_percent_short(folder: Path, base: Path) -> None:
+    before = Checkpoint.open(base).read(MATRIX).float()
+    _change(folder, lambda tensors: tensors.update({MATRIX: tensors[MATRIX].lerp(before.bfloat16(), 0.01)}), MATRIX)
+
+
+def shard_truncated(folder: Path, _base: Path) -> None:
+    path = folder / Checkpoint.open(folder).tensors[BIAS].file
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[:-40])
+
+
+MUTATIONS: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
+    "bias removed": ("constant", bias_removed, BIAS),
+    "bias of the wrong layer": ("constant", bias_of_the_wrong_layer, BIAS),
+    "sign flipped": ("constant", sign_flipped, f"{BIAS} is not as planned (it carries -1 "),
+    "coefficient off by 1 %": ("constant", coefficient_off_by_one_percent, BIAS),
+    "one sibling zero bias missing": ("constant", sibling_zero_bias_missing, SIBLING),
+    "config flag missing": ("constant", config_flag_missing, "mlp_bias"),
+    "one ablated matrix left unedited": ("combined", matrix_left_unedited, f"{MATRIX}: it carries 0"),
+    "embedding left unedited": ("combined", embedding_left_unedited, f"{TABLE}: it carries 0"),
+    "ablation 1 % short": ("combined", ablation_one_percent_short, f"{MATRIX}: it carries 0.9"),
+    "shard truncated": ("constant", shard_truncated, "model-00002-of-00002.safetensors"),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_certificate_fails_and_says_where(
+    good: dict[str, Path], llama: Path, tied_llama: Path, tmp_path: Path, mutation: str
+) -> None:
+    kind, break_it, words = MUTATIONS[mutation]
+    base, interventions = (llama, CONSTANT) if kind == "constant" else (tied_llama, COMBINED)
+    folder = shutil.copytree(good[kind], tmp_path / "broken")
+    break_it(folder, base)
+    report = report_of(folder, base, interventions)
+    assert not report.passed
+    failed = " ".join(check.detail for check in report.checks if not check.passed)
+    assert words in failed
+    with pytest.raises(ValidationFailed, match="not its base plus the plan"):
+        report.require()
+    if mutation in ("bias of the wrong layer", "sign flipped", "coefficient off by 1 %"):
+        # It loads without a complaint; the function itself must be found wrong too, not only the tensor.
+        assert not {check.name: check for check in report.checks}["function, constants (float32)"].passed
+
+
+def test_a_recipe_that_changes_nothing_fails(llama: Path, tmp_path: Path) -> None:
+    nothing = [add("resid_post.1", 0.0)]
+    report = report_of(baked(llama, tmp_path / "out", nothing), llama, nothing)
+    assert [check.name for check in report.checks if not check.passed] == ["effect"]
+    assert "changes nothing" in report.checks[-1].detail
