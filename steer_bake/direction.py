@@ -99,7 +99,12 @@ def load(path: Path) -> list[Direction]:
         raise RecipeError(f"{path} is not a readable direction file (safetensors): {error}") from error
     if not tensors:
         raise RecipeError(f"{path} holds no vector")
-    return [_direction(name, tensor, metadata.get(name), path) for name, tensor in tensors.items()]
+    try:
+        return [_direction(name, tensor, metadata.get(name), path) for name, tensor in tensors.items()]
+    except (AttributeError, TypeError) as error:
+        raise RecipeError(
+            f"the metadata of {path} is not what steer-bake writes ({error}); extract it again"
+        ) from error
 
 
 def _direction(name: str, tensor: Tensor, known: dict[str, object] | None, path: Path) -> Direction:

@@ -58,10 +58,13 @@ def answers(
     prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
+    repetition_penalty: float = 1.0,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Greedy answers in the order of ``prompts``; batches of similar length, left-padded.
+
+    ``repetition_penalty`` is the one of ``generate``; 1 is plain greedy decoding, whatever the model's settings say.
 
     Raises:
         RecipeError: a prompt and its answer do not fit the model's context.
@@ -78,7 +81,8 @@ def answers(
         ids, mask = pad([encoded[index].ids for index in chosen], pad_id)
         out = cast(Any, model).generate(
             input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens,
-            do_sample=False, num_beams=1, pad_token_id=pad_id,
+            do_sample=False, num_beams=1, repetition_penalty=repetition_penalty,
+            pad_token_id=pad_id,
         )  # fmt: skip
         texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
         found.update(zip(chosen, texts, strict=True))

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 
 from . import __version__
 from .affine import Affine
@@ -68,10 +69,11 @@ def write(
             parts["direction"] = intervention.direction.vector
         # clones: one vector may serve as two of these, and the format stores no tensor twice
         tensors.update({f"{index}.{name}": part.clone() for name, part in parts.items() if part.numel()})
-    save_file(tensors, folder / VECTORS_FILE, metadata={"format": "pt"})
+    (folder / VECTORS_FILE).write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
     content = {
         "tool": {"name": "steer-bake", "version": __version__},
-        "base": {**asdict(ref), "folder": str(ref.folder)},
+        # Where the base lies is of use on this machine only, and only where no name leads to it.
+        "base": {**asdict(ref), "folder": None if ref.hub_id or ref.packaged else str(ref.folder.resolve())},
         "recipe": recipe,
         "plan": plan.as_json(),
         "plan_sha256": plan.sha256,

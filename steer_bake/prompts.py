@@ -134,7 +134,7 @@ def in_pairs(prompts: Sequence[Prompt], positive: str, negative: str) -> list[Pr
     return sides[0] + sides[1]
 
 
-# --- rows 
+# --- rows
 
 
 def _rows(source: PromptSource, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -255,7 +255,7 @@ def _checked(row: object, where: str) -> dict[str, Any]:
     return row
 
 
-# --- rows to prompts 
+# --- rows to prompts
 
 
 def _instances(row: dict[str, Any], where: str, index: int, source: PromptSource) -> Iterator[Prompt]:
@@ -328,7 +328,7 @@ def _limited(prompts: list[Prompt], limit: int | None) -> list[Prompt]:
     return kept
 
 
-# --- prompts to tokens 
+# --- prompts to tokens
 
 
 def encode(tokenizer: Any, prompts: Sequence[Prompt], position: str | int = "last") -> list[Encoded]:

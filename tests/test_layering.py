@@ -32,6 +32,7 @@ LAYERS = (
     ("activations", "steering", "plan", "recipe"),
     ("manifest",),
     ("targets",),
+    ("comparison",),
     ("validate", "evaluate"),
     ("behaviour",),
     ("baked",),

@@ -50,7 +50,6 @@ def test_what_was_baked_passes_every_leg(good: dict[str, Path], llama: Path, tie
     leg = "constants" if kind == "constant" else "rank_one"
     assert {f"function, {leg} (float32)", "function, storage dtype", "tensors", "config", "effect"} <= names
     assert ("stream (reloaded file)" in names) == (kind == "combined")
-    assert report.effect is not None
     assert report.effect.kl > 1e-3
     assert all(one["dose"] > 0 for one in report.interventions if str(one["site"]).startswith("resid"))
     json.dumps(report.as_json())
@@ -85,6 +84,7 @@ def _change(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], hol
 
 BIAS, OTHER = "model.layers.1.mlp.down_proj.bias", "model.layers.2.mlp.down_proj.bias"
 SIBLING = "model.layers.3.mlp.gate_proj.bias"
+UNTOUCHED = "model.norm.weight"
 MATRIX, TABLE = "model.layers.2.mlp.down_proj.weight", "model.embed_tokens.weight"
 
 
@@ -132,6 +132,13 @@ def ablation_one_percent_short(folder: Path, base: Path) -> None:
     _change(folder, lambda tensors: tensors.update({MATRIX: tensors[MATRIX].lerp(before.bfloat16(), 0.01)}), MATRIX)
 
 
+def weight_is_nan(folder: Path, _base: Path) -> None:
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[UNTOUCHED][0] = float("nan")
+
+    _change(folder, plant, UNTOUCHED)
+
+
 def shard_truncated(folder: Path, _base: Path) -> None:
     path = folder / Checkpoint.open(folder).tensors[BIAS].file
     data = path.read_bytes()
@@ -149,6 +156,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
     "one ablated matrix left unedited": ("combined", matrix_left_unedited, f"{MATRIX}: it carries 0"),
     "embedding left unedited": ("combined", embedding_left_unedited, f"{TABLE}: it carries 0"),
     "ablation 1 % short": ("combined", ablation_one_percent_short, f"{MATRIX}: it carries 0.9"),
+    "NaN in a weight that the plan leaves alone": ("constant", weight_is_nan, "max gap nan"),
     "shard truncated": ("constant", shard_truncated, "model-00002-of-00002.safetensors"),
 }
 

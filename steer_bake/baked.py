@@ -1,0 +1,99 @@
+"""What can be done with a folder that was baked before: find its base, prove it, ask both the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import manifest
+from .behaviour import context_length
+from .checkpoint import Checkpoint
+from .errors import RecipeError, did_you_mean
+from .evaluate import answers
+from .interventions import Intervention
+from .manifest import Manifest
+from .models import load_model, load_tokenizer, resolve
+from .prompts import Prompt, check_length, encode
+from .recipe import Prompts
+from .stages import Advance, Progress, silent
+from .validate import Report, validate
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def find_base(found: Manifest, name: str | None, *, progress: Progress = silent) -> Checkpoint:
+    """The base of a baked folder: ``name`` where given, else what the manifest says, by revision or by folder.
+
+    Raises:
+        CheckpointError: it is not to be had.
+    """
+    base = found.base
+    recorded = f"{base['hub_id']}@{base['revision']}" if base["hub_id"] else base["folder"] or base["name"]
+    with progress("fetching the base") as advance:
+        folder = resolve(name or recorded, progress=advance).folder
+    return Checkpoint.open(folder)
+
+
+def proof_rows(source: Prompts, home: Path, base: Checkpoint, decode_tokens: int) -> list[tuple[int, ...]]:
+    """The tokens of the prompts that hook and file are compared on.
+
+    Raises:
+        RecipeError: the set cannot be read, or a prompt and ``decode_tokens`` more do not fit the model's context.
+    """
+    encoded = encode(load_tokenizer(base.folder), source.load(home))
+    check_length(encoded, context_length(base) - decode_tokens)
+    return [one.ids for one in encoded]
+
+
+def certify(
+    folder: Path,
+    base: Checkpoint,
+    interventions: Iterable[Intervention],
+    rows: Sequence[Sequence[int]],
+    *,
+    decode_tokens: int,
+    device: str,
+    advance: Advance,
+) -> Report:
+    """:func:`validate.validate` with the base's own pad token."""
+    tokenizer = load_tokenizer(base.folder)
+    return validate(
+        folder.absolute(), base.folder.absolute(), list(interventions), rows,
+        pad_id=int(tokenizer.pad_token_id), device=device, decode_tokens=decode_tokens, progress=advance,
+    )  # fmt: skip
+
+
+def ask_both(
+    folder: Path,
+    base: str | None,
+    chosen: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    device: str,
+    dtype: str,
+    progress: Progress = silent,
+) -> list[dict[str, str]]:
+    """Greedy answers of a baked folder and its base to the same prompts: ``{"prompt", "base", "baked"}`` each."""
+    found = find_base(manifest.read(folder), base, progress=progress)
+    sides = []
+    for name, place in (("base", found.folder), ("baked", folder)):
+        model = load_model(place, dtype=compute_dtype(dtype, device), device=device)
+        with progress(f"asking the {name} model") as advance:
+            tokenizer = load_tokenizer(place)
+            sides.append(answers(model, tokenizer, chosen, max_new_tokens=max_new_tokens, progress=advance))
+        del model
+    return [
+        {"prompt": prompt.beginning, "base": before, "baked": after}
+        for prompt, before, after in zip(chosen, *sides, strict=True)
+    ]
+
+
+def compute_dtype(dtype: str, device: str) -> str:
+    """``auto`` on a CPU is float32: it has no fast path for bfloat16, and widening the stored values loses nothing.
+
+    Raises:
+        RecipeError: no such dtype.
+    """
+    if dtype not in DTYPES:
+        raise RecipeError(f"no compute dtype {dtype!r}: {did_you_mean(dtype, DTYPES)}")
+    return "float32" if dtype == "auto" and device == "cpu" else dtype

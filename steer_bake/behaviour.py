@@ -1,0 +1,127 @@
+"""What a run asks both models, and what is kept of their answers.
+
+The recipe's own sets are answered, judged and kept. Safety is always measured unless that is declined: of harmful
+requests and their harmless look-alikes only the labels are kept, never the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import registry
+from .checkpoint import Checkpoint
+from .errors import RecipeError, did_you_mean
+from .evaluate import answers, compare
+from .models import load_model, load_tokenizer
+from .prompts import Prompt, check_length, encode
+from .recipe import Prompts, Recipe
+from .stages import Progress, silent
+
+SAFETY = "safety/"  # packaged prompt sets below this name
+SAFETY_SETS = ("safety/harmful", "safety/harmless")
+SAFETY_TOKENS = 24  # a refusal shows in the opening words
+EXAMPLES = 4  # of each set, for the card
+
+#: By name of the set: ``{"labels": [...], "answers": [...]}``, the answers only where they are kept.
+Answered = Mapping[str, Mapping[str, Sequence[str]]]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt set, who judges the answers to it, and the label that is counted."""
+
+    name: str
+    prompts: tuple[Prompt, ...]
+    judge: str
+    label: str
+    max_new_tokens: int
+    repetition_penalty: float
+    is_safety: bool
+    keep_answers: bool
+
+
+def questions(recipe: Recipe, home: Path, *, safety: bool) -> list[Question]:
+    """Everything that both models of a run are asked; the recipe's relative paths start at ``home``.
+
+    Raises:
+        RecipeError: a prompt set that cannot be read, an unknown judge, or a label that the judge never gives.
+    """
+    found = []
+    if wanted := recipe.evaluate:
+        _check_judge(wanted.judge, wanted.label)
+        for name in wanted.sets:
+            source = recipe.prompts[name]
+            prompts, keep = tuple(source.load(home)), not source.path.startswith(SAFETY)
+            decoding = wanted.max_new_tokens, wanted.repetition_penalty
+            found.append(Question(name, prompts, wanted.judge, wanted.label, *decoding, False, keep))
+    for name in SAFETY_SETS if safety else ():
+        prompts = tuple(Prompts(path=name).load(home))
+        found.append(Question(name, prompts, "phrases", "refusal", SAFETY_TOKENS, 1.0, True, False))
+    return found
+
+
+def _check_judge(judge: str, label: str) -> None:
+    registry.load("judges", judge)([])  # a judge that lacks a package says so now, not after an hour of answers
+    known = getattr(registry.module("judges", judge), "LABELS", None)
+    if known is not None and label not in known:
+        raise RecipeError(f"the judge {judge!r} never gives the label {label!r}: {did_you_mean(label, known)}")
+
+
+def check_context(asked: Sequence[Question], base: Checkpoint) -> None:
+    """Raise RecipeError where a prompt and its answer do not fit the model's context."""
+    tokenizer = load_tokenizer(base.folder)
+    for one in asked:
+        check_length(encode(tokenizer, one.prompts), context_length(base) - one.max_new_tokens)
+
+
+def context_length(base: Checkpoint) -> int:
+    """How many tokens the model can hold, a very large number where its config does not say."""
+    return int(base.config.get("max_position_embeddings") or 10**9)
+
+
+def ask(
+    folder: Path, asked: Sequence[Question], *, dtype: str, device: str, who: str, progress: Progress = silent
+) -> dict[str, dict[str, Sequence[str]]]:
+    """The labels of the answers that the model in ``folder`` gives, and the answers where they are kept."""
+    found: dict[str, dict[str, Sequence[str]]] = {}
+    if not asked:
+        return found
+    model = load_model(folder, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(folder)
+    for one in asked:
+        judge = registry.load("judges", one.judge)
+        with progress(f"{who} answers {one.name}") as advance:
+            texts = answers(
+                model, tokenizer, one.prompts,
+                max_new_tokens=one.max_new_tokens, repetition_penalty=one.repetition_penalty, progress=advance,
+            )  # fmt: skip
+        found[one.name] = {"labels": judge(texts, [prompt.beginning for prompt in one.prompts])}
+        if one.keep_answers:
+            found[one.name]["answers"] = texts
+    return found
+
+
+def before_and_after(asked: Sequence[Question], base: Answered, baked: Answered) -> dict[str, Any]:
+    """Both models side by side: what goes into ``evaluation.json`` and onto the card."""
+    rows = {one: compare(one.name, one.label, base[one.name]["labels"], baked[one.name]["labels"]) for one in asked}
+    examples = [
+        {"prompt": prompt.beginning, "base": before, "baked": after}
+        for one in asked
+        if one.keep_answers
+        for prompt, before, after in list(
+            zip(one.prompts, base[one.name]["answers"], baked[one.name]["answers"], strict=True)
+        )[:EXAMPLES]
+    ]
+    own = [one for one in asked if not one.is_safety]
+    return {
+        "judge": own[0].judge if own else None,
+        "label": own[0].label if own else None,
+        "repetition_penalty": own[0].repetition_penalty if own else None,
+        "behaviour": [rows[one].as_json() for one in own],
+        "safety": [rows[one].as_json() for one in asked if one.is_safety],
+        "safety_measured": any(one.is_safety for one in asked),
+        "examples": examples,
+    }

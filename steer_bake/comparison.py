@@ -1,0 +1,268 @@
+"""The hooked reference against a candidate's logits: distances, noise floor, decoding and the stream itself.
+
+``validate`` runs the candidate first, in a fresh process; here the base runs with and without hooks and is compared
+batch by batch with what the candidate left on disk, so that memory holds one batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import architectures, reload_worker
+from .activations import collect
+from .affine import Affine, compose
+from .architectures import Architecture
+from .checkpoint import Checkpoint, recompute
+from .errors import CheckpointError
+from .interventions import Intervention
+from .plan import Plan, describe
+from .prompts import Encoded
+from .sites import Site
+from .steering import steer
+
+CONSTANTS_TOLERANCE = 2e-5  # max logit gap in units of std(logits), float32: rounding noise is 1e-6 to 4e-6
+RANK_ONE_TOLERANCE = 5e-5  # the edited product rounds in another order than hook after product
+NOISE_MARGIN = 1.2
+STREAM_TOLERANCE = 1e-5
+LEAST_EFFECT = 1e-3  # max logit gap base to hooked, in units of std(logits); less is a bake that does nothing
+
+_TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the certificate."""
+
+    name: str
+    passed: bool
+    value: float | None  # what was measured, where it is one number
+    limit: float | None
+    detail: str
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How far two sets of logits are apart over all real tokens."""
+
+    max_over_std: float  # max |difference| / std of the reference
+    kl: float  # mean over tokens of KL(reference || other), nats
+    top1: float  # share of tokens with the same most likely next token
+    first_divergence: int | None  # first greedy token that differs, None where all are equal
+
+
+def storage_dtype(base: Checkpoint) -> str:
+    return _TORCH_NAMES.get(base.storage_dtype, "float32")
+
+
+@dataclass
+class Distance:
+    """Running difference of two sets of logits, batch by batch."""
+
+    greatest: float = 0.0
+    kl: float = 0.0
+    same: int = 0
+    tokens: int = 0
+    numbers: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    first_divergence: int | None = None
+
+    def update(self, reference: Tensor, other: Tensor) -> None:
+        """Add a batch, both [tokens, vocab] float32."""
+        off = float((reference - other).abs().max())
+        self.greatest = self.greatest if off <= self.greatest else off  # so that NaN is kept, and fails every limit
+        self.same += int((reference.argmax(-1) == other.argmax(-1)).sum())
+        self.tokens += len(reference)
+        self.numbers += reference.numel()
+        self.total += float(reference.sum(dtype=torch.float64))
+        self.squares += float(reference.square().sum(dtype=torch.float64))
+        p, q = reference.log_softmax(-1), other.log_softmax(-1)
+        self.kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+
+    def compare_decoding(self, reference: Tensor, other: Tensor) -> None:
+        """Greedy tokens, both [batch, tokens]: where do they part?"""
+        width = min(reference.shape[1], other.shape[1])
+        differs = (reference[:, :width] != other[:, :width]).any(0).nonzero().flatten()
+        if len(differs):
+            self.first_divergence = int(differs[0])
+        elif reference.shape != other.shape:
+            self.first_divergence = width
+
+    def gap(self) -> Gap:
+        std = (self.squares / self.numbers - (self.total / self.numbers) ** 2) ** 0.5
+        # Float32 log-probabilities leave about 1e-8 of noise in a KL that is zero.
+        kl = 0.0 if self.kl < 0 else self.kl / self.tokens
+        return Gap(self.greatest / std, kl, self.same / self.tokens, self.first_divergence)
+
+
+@dataclass
+class Comparison:
+    """Base, hooks and what the worker left in ``scratch``, one batch in memory at a time."""
+
+    base: Checkpoint
+    plan: Plan
+    architecture: Architecture
+    job: dict[str, Any]
+    along: Tensor
+    scratch: Path
+    loaded: frozenset[str]  # the candidates that were loaded and measured
+    effect: Distance = field(default_factory=Distance)  # base to hooks
+    exact: Distance = field(default_factory=Distance)  # hooks to the candidate, float32
+    storage: Distance = field(default_factory=Distance)  # float32 hooks to the published file in its own dtype
+    floor: Distance = field(default_factory=Distance)  # float32 hooks to hooks in that dtype
+    readings: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[Site, float] = field(default_factory=dict)  # mean |h| of the base where something is added
+
+    def run(self) -> None:
+        with self._model("float32") as model:
+            self._measure_norms(model)
+            self._float32(model)
+        if "storage" in self.loaded:
+            with self._model(storage_dtype(self.base)) as model, steer(model, self.plan.interventions):
+                for index, rows in enumerate(self.job["batches"]):
+                    hooked = load_file(self.scratch / f"hooked.{index}.safetensors")["logits"]
+                    self.floor.update(hooked, reload_worker.logits(model, rows, self.job["pad_id"]))
+
+    def _float32(self, model: PreTrainedModel) -> None:
+        hooks = list(self.plan.interventions)
+        stored = [*hooks, *_rounding(self.base, self.plan, self.architecture)] if self.plan.is_constant else hooks
+        pad_id = self.job["pad_id"]
+        for index, rows in enumerate(self.job["batches"]):
+            plain = reload_worker.logits(model, rows, pad_id)
+            with steer(model, hooks):
+                hooked = reload_worker.logits(model, rows, pad_id)
+            self.effect.update(plain, hooked)
+            if "float32" in self.loaded:
+                with steer(model, stored):
+                    reference = reload_worker.logits(model, rows, pad_id) if stored != hooks else hooked
+                self.exact.update(reference, self._candidate("float32", index))
+            if "storage" in self.loaded:
+                self.storage.update(hooked, self._candidate("storage", index))
+                save_file({"logits": hooked}, self.scratch / f"hooked.{index}.safetensors")
+        if "float32" not in self.loaded:
+            return
+        found = load_file(self.scratch / "float32.safetensors")
+        with steer(model, stored):
+            decoded = reload_worker.greedy(model, self.job["decode"], pad_id, self.job["decode_tokens"])
+            if self.job["probes"]:
+                rows = self.job["batches"][0]
+                self.readings["hooks"] = reload_worker.readings(model, rows, pad_id, self.job["probes"], self.along)
+                self.readings["reloaded file"] = found["readings"]
+        self.exact.compare_decoding(decoded, found["greedy"])
+
+    def _candidate(self, name: str, index: int) -> Tensor:
+        return load_file(self.scratch / f"{name}.{index}.safetensors")["logits"]
+
+    @contextmanager
+    def _model(self, dtype: str) -> Iterator[PreTrainedModel]:
+        model, problems = reload_worker.load_strict(str(self.base.folder), dtype)
+        if problems:
+            raise CheckpointError(f"the base {self.base.folder} does not load cleanly: {'; '.join(problems[:4])}")
+        yield model.to(self.job["device"])
+
+    def _measure_norms(self, model: PreTrainedModel) -> None:
+        sites = {one.site for one in self.plan.interventions if one.site.layer is not None and one.affine.has_shift}
+        ends = [Encoded(tuple(row), len(row) - 1, len(row)) for batch in self.job["batches"] for row in batch]
+        if sites:
+            ordered = sorted(sites, key=lambda site: site.order)
+            found = collect(model, self.architecture, ends, ["all"] * len(ends), ordered)
+            self.norms = {site: statistics["all"].norm for site, statistics in found.items()}
+
+    def described(self, intervention: Intervention) -> Mapping[str, Any]:
+        """The intervention with its dose: the length added over the mean |h| at the prompts' last tokens."""
+        norm = self.norms.get(intervention.site)
+        return describe(replace(intervention, stream_norm=norm or intervention.stream_norm))
+
+    # --- what came out
+
+    @property
+    def _exact_leg(self) -> tuple[str, float]:
+        return ("constants", CONSTANTS_TOLERANCE) if self.plan.is_constant else ("rank_one", RANK_ONE_TOLERANCE)
+
+    def legs(self) -> dict[str, Gap]:
+        found = {self._exact_leg[0]: self.exact.gap()} if "float32" in self.loaded else {}
+        return found | ({"storage": self.storage.gap()} if "storage" in self.loaded else {})
+
+    def floor_kl(self) -> float | None:
+        return self.floor.gap().kl if "storage" in self.loaded else None
+
+    def checks(self) -> Iterator[Check]:
+        if "float32" in self.loaded:
+            leg, limit = self._exact_leg
+            gap = self.exact.gap()
+            decoding = "identical" if gap.first_divergence is None else f"differs from token {gap.first_divergence} on"
+            yield Check(
+                f"function, {leg} (float32)", gap.max_over_std <= limit and gap.first_divergence is None,
+                gap.max_over_std, limit, f"max gap {gap.max_over_std:.1e} std, greedy decoding {decoding}",
+            )  # fmt: skip
+        if "storage" in self.loaded:
+            kl, floor = self.storage.gap().kl, self.floor.gap().kl
+            yield Check(
+                "function, storage dtype", kl <= NOISE_MARGIN * floor, kl, NOISE_MARGIN * floor,
+                f"KL(hooks || file) {kl:.2e}, noise floor {floor:.2e} (ratio {kl / floor:.2f})",
+            )  # fmt: skip
+        for what, found in self.readings.items():
+            value, probe = float(found.max()), self.job["probes"][int(found.amax(1).argmax())]
+            yield Check(
+                f"stream ({what})", value <= STREAM_TOLERANCE, value, STREAM_TOLERANCE,
+                f"|r.h - expected| / |h| is {value:.1e} at worst, at the {probe['side']} of {probe['module']}",
+            )  # fmt: skip
+        effect = self.effect.gap()
+        felt = effect.max_over_std >= LEAST_EFFECT
+        yield Check(
+            "effect", felt, effect.max_over_std, LEAST_EFFECT,
+            f"hooks move the logits by {effect.max_over_std:.3g} std, KL {effect.kl:.3g}"
+            + ("" if felt else ": this recipe changes nothing; raise the coefficient"),
+        )  # fmt: skip
+
+
+def _rounding(base: Checkpoint, plan: Plan, architecture: Architecture) -> Iterator[Intervention]:
+    """What rounding each bias to its storage dtype adds to the stream: at most a unit in the last place."""
+    edits = {edit.tensor: edit for edit in plan.edits}
+    for layer in range(architectures.layer_count(architecture, base.config)):
+        for point, write in (("attn_out", architecture.attention), ("mlp_out", architecture.mlp)):
+            edit = edits.get((write.bias or "").format(layer=layer))
+            if edit is None:
+                continue
+            exact = edit.affine(base.read(edit.source).float() if edit.source else torch.zeros(edit.shape))
+            off = recompute(base, edit).float() - exact
+            shift = replace(Affine.identity(len(off)), shift=off * write.scale(base.config))
+            yield Intervention(Site(point, layer), shift, name="rounding")
+
+
+def stream_probes(plan: Plan, architecture: Architecture, base: Checkpoint) -> tuple[Tensor, list[dict[str, Any]]]:
+    """What ablation and clamp at ``writes`` promise of the stream itself, at every residual site.
+
+    The components that the writes can no longer produce, [d, m], and per site what they must be: only what the plan's
+    own shifts have put there so far.
+    """
+    width = int(base.config[architecture.width])
+    at_writes = compose((one.affine for one in plan.interventions if one.site.point == "writes"), width)
+    along = at_writes.fixed_functionals()
+    elsewhere = [one for one in plan.interventions if one.site.point != "writes"]
+    if along.shape[1] == 0 or any(one.affine.is_linear for one in elsewhere):
+        return along[:, :0], []
+
+    def expected(point: str, layer: int) -> list[float]:
+        passed = [one.affine.shift for one in elsewhere if one.site.order <= Site(point, layer).order]
+        total = sum(passed, at_writes.shift)
+        return [float(value) for value in along.double().T @ total.double()]
+
+    probes = []
+    layers = architectures.layer_count(architecture, base.config)
+    for layer in range(layers):
+        module, middle = architecture.layer.format(layer=layer), architecture.mid_norm.format(layer=layer)
+        probes.append({"module": module, "side": "input", "expected": expected("resid_pre", layer)})
+        probes.append({"module": middle, "side": "input", "expected": expected("resid_mid", layer)})
+    last = architecture.layer.format(layer=layers - 1)
+    probes.append({"module": last, "side": "output", "expected": expected("resid_post", layers - 1)})
+    return along, probes

@@ -1,0 +1,175 @@
+"""How results look: tables and figures on stdout, notes and progress bars on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from .direction import Direction
+    from .plan import Plan
+
+WIDTH = 100  # where stdout is a file or a pipe
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, drawn once there is something to count; a plain line where stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
+    counted = False
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(what, total=None, visible=False)
+
+        def advance(done: int, total: int) -> None:
+            nonlocal counted
+            counted = True
+            bar.update(task, completed=done, total=total, visible=True)
+
+        yield advance
+    if counted:
+        note(f"{what}: done")
+
+
+def note(text: str) -> None:
+    """Prose, on stderr."""
+    click.echo(text, err=True)
+
+
+def as_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def plan(found: Plan, json_wanted: bool, *, sketch: bool = False) -> None:
+    """The decisions of a plan. Of a ``sketch``, whose vectors are made up, no amount and no hash is shown."""
+    content = found.as_json()
+    if sketch:
+        content.pop("interventions")
+        for edit in content["edits"]:
+            del edit["change"], edit["sha256"]
+    if json_wanted:
+        as_json(content)
+        return
+    rows = [(row["write"], row["part"], row["representation"], ", ".join(row["for"])) for row in content["decisions"]]
+    _print(_table(["write", "part", "held by", "for"], rows))
+    new = sum(edit["from"] is None for edit in content["edits"])
+    click.echo(f"{len(content['edits'])} tensors: {new} new, {len(content['edits']) - new} edited")
+    for key, value in content["config_changes"].items():
+        click.echo(f"config.json: {key} = {json.dumps(value)}")
+
+
+def directions(found: Sequence[Direction]) -> None:
+    rows = [(str(one.site), f"{one.scale:.4g}", f"{one.stream_norm or 0:.4g}", one.sha256[:12]) for one in found]
+    _print(_table(["site", "scale", "stream norm", "sha256"], rows))
+
+
+def report(content: Mapping[str, Any]) -> None:
+    """The certificate, one line per check."""
+    rows = [
+        (check["name"], _verdict(check["passed"]), _number(check["value"]), _number(check["limit"]), check["detail"])
+        for check in content["checks"]
+    ]
+    _print(_table(["check", "", "measured", "limit", "detail"], rows, f"certificate of {content['folder']}"))
+
+
+def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any], ran: Mapping[str, bool]) -> None:
+    """The summary of a run, on one screen."""
+    report(proof)
+    rows = []
+    for row in [*evaluation["behaviour"], *evaluation["safety"]]:
+        interval = f"{100 * row['difference']:+.0f} points [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
+        rows.append((row["prompt_set"], row["label"], _share(row["base"]), _share(row["baked"]), interval))
+    if rows:
+        title = "behaviour: share of answers with the label, 95 % intervals"
+        _print(_table(["prompts", "label", "base", "baked", "difference"], rows, title))
+    if not evaluation["safety_measured"]:
+        click.echo("refusals were not measured (--no-safety)")
+    doses = [(one["site"], one["dose"]) for one in proof["interventions"] if one["dose"]]
+    if doses:
+        click.echo(f"dose (added length / stream): {_doses(doses)}")
+    done = [name for name, now in ran.items() if not now]
+    if done:
+        note(f"up to date: {', '.join(done)}")
+    click.echo(f"model: {model}")
+    loading_code(model)
+
+
+def loading_code(model: Path) -> None:
+    """The three lines of plain transformers."""
+    from .card import LOADING_CODE
+
+    click.echo(f"\n{LOADING_CODE.format(path=str(model))}")
+
+
+def sides(rows: Sequence[Mapping[str, str]]) -> None:
+    """Base and baked, answer by answer."""
+    table = _table(["prompt", "base", "baked"], [(row["prompt"], row["base"], row["baked"]) for row in rows])
+    table.show_lines = True
+    for column, ratio in zip(table.columns, (1, 2, 2), strict=True):
+        column.ratio = ratio
+    _print(table)
+
+
+def listing(found: Mapping[str, Mapping[str, str]]) -> None:
+    """Every extension point with what it offers."""
+    for title, entries in found.items():
+        click.echo(title)
+        width = max(map(len, entries), default=0)
+        for name, text in entries.items():
+            room = max(_width() - width - 5, 20)
+            click.echo(f"  {name:<{width}}  {text if len(text) <= room else text[: room - 3].rstrip() + '...'}")
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str | Text]], title: str | None = None) -> Table:
+    table = Table(*columns, title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
+    for row in rows:
+        # Text, not str: square brackets in a model's answer are no markup, and control characters are not obeyed.
+        table.add_row(*(cell if isinstance(cell, Text) else Text(_printable(cell)) for cell in row))
+    return table
+
+
+def _print(table: Table) -> None:
+    Console(width=_width()).print(table)
+
+
+def _width() -> int:
+    """The terminal's width, or what COLUMNS says; a readable one where there is neither."""
+    if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit():
+        return Console().width
+    return WIDTH
+
+
+def _printable(text: str) -> str:
+    return "".join(one if one.isprintable() or one == "\n" else " " for one in text)
+
+
+def _verdict(passed: bool) -> Text:
+    return Text("pass", style="green") if passed else Text("FAIL", style="bold red")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
+
+
+def _doses(doses: Sequence[tuple[str, float]]) -> str:
+    if len(doses) <= 4:
+        return ", ".join(f"{dose:.2f} at {site}" for site, dose in doses)
+    sizes = [dose for _, dose in doses]
+    return f"{min(sizes):.2f} to {max(sizes):.2f} at each of {len(doses)} sites, {doses[0][0]} to {doses[-1][0]}"
+
+
+def _share(share: Mapping[str, Any]) -> str:
+    low, high = 100 * share["low"], 100 * share["high"]
+    return f"{share['hits']}/{share['total']} = {100 * share['hits'] / share['total']:.0f} % [{low:.0f}, {high:.0f}]"

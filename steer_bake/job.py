@@ -1,0 +1,345 @@
+"""One recipe being run: what each stage reads, does and writes. The order of the stages is in ``pipeline.py``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import astuple
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from . import architectures, baked, behaviour, card, direction, manifest, registry
+from . import recipe as recipes
+from .activations import collect
+from .architectures import Architecture
+from .behaviour import Question
+from .checkpoint import Checkpoint
+from .direction import Direction
+from .errors import CheckpointError, RecipeError, ValidationFailed
+from .estimators import Statistics
+from .interventions import Intervention, intervene
+from .models import ModelRef, load_model, load_tokenizer, resolve
+from .plan import Plan, make_plan
+from .prompts import Encoded, Prompt, check_length, encode, in_pairs, require_labels
+from .recipe import Recipe
+from .sites import Site, parse_site, parse_sites
+from .stages import Progress, key, replacing, silent, write_text
+
+
+class Job:
+    """A recipe with its model resolved, and the folder that its artefacts go to.
+
+    Raises:
+        SteerBakeError: the recipe cannot be read or names something that does not exist, or the model cannot be had.
+    """
+
+    def __init__(
+        self,
+        recipe_file: Path,
+        folder: Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "auto",
+        safety: bool = True,
+        progress: Progress = silent,
+    ) -> None:
+        self.recipe, self.text = recipes.read(recipe_file)
+        _check_names(self.recipe)
+        self.home = recipe_file.parent  # the recipe's relative paths start here
+        self.folder, self.device, self.progress = folder, device, progress
+        self.dtype = baked.compute_dtype(dtype, device)
+        self.safety = safety and self.recipe.safety
+        with progress("fetching the model") as advance:
+            beside = self.home / self.recipe.model
+            named = str(beside) if beside.is_dir() else self.recipe.model
+            self.ref: ModelRef = resolve(named, progress=advance)
+        self.base = Checkpoint.open(self.ref.folder)
+        self.architecture: Architecture = architectures.for_config(self.base.config)
+        self.layers = architectures.layer_count(self.architecture, self.base.config)
+
+    def check(self) -> Plan:
+        """Read everything that the stages will read, but the weights, so that what is wrong is said before long work.
+
+        Returns:
+            The plan with stand-ins where a direction is still to be estimated: right but for amounts and hashes.
+
+        Raises:
+            SteerBakeError: what would stop a stage: a prompt set, a label, a prompt too long, a site, a direction file.
+        """
+        if self.recipe.estimator:
+            self._encoded_training()
+        found = self.plan_sketch()
+        _ = self._proof_rows
+        behaviour.check_context(self._questions, self.base)
+        return found
+
+    # --- where things are
+
+    @property
+    def directions_file(self) -> Path:
+        return self.folder / "direction.safetensors"
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def plan_file(self) -> Path:
+        return self.folder / "plan.json"
+
+    @property
+    def report_file(self) -> Path:
+        return self.folder / "report.json"
+
+    @property
+    def evaluation_file(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    def answers_file(self, which: str) -> Path:
+        return self.folder / f"answers.{which}.json"
+
+    # --- what stages are made from
+
+    @cached_property
+    def _base_key(self) -> str:
+        headers = [self.base.header_hash(name) for name in self.base.files]
+        return key(self.ref.name, self.ref.revision, self.base.config, _stamps(self.base.folder), headers)
+
+    @cached_property
+    def extract_key(self) -> str:
+        sites = [str(site) for site in self.read_sites()]
+        prompts = [astuple(one) for one in self._training_prompts]
+        return key(self._base_key, self.recipe.estimator, self.recipe.read, sites, self.dtype, prompts)
+
+    def bake_key(self, plan: Plan) -> str:
+        return key(self._base_key, self.recipe.target, plan.sha256)
+
+    def validate_key(self, plan: Plan) -> str:
+        # The files themselves are part of it: whoever touched them since needs a new certificate.
+        stamps = _stamps(self.model)
+        return key(self.bake_key(plan), stamps, self._proof_rows, self.recipe.validation.decode_tokens, self.device)
+
+    def evaluate_key(self, plan: Plan | None = None) -> str:
+        model = self.bake_key(plan) if plan else self._base_key
+        return key(model, [astuple(one) for one in self._questions], self.dtype, self.device)
+
+    def card_key(self, plan: Plan) -> str:
+        return key(self.validate_key(plan), self.evaluate_key(), self.evaluate_key(plan), self.safety, self.text)
+
+    # --- directions
+
+    def extract(self) -> None:
+        """Estimate the directions into ``direction.safetensors``."""
+        save_directions(self.estimate(), self.directions_file)
+
+    def estimate(self) -> list[Direction]:
+        """The recipe's directions, one per read site.
+
+        Raises:
+            RecipeError: the recipe has no estimator, or its prompts do not give a direction.
+            ExtractionError: NaN or infinity among the activations.
+        """
+        estimator = self.recipe.estimator
+        if estimator is None:
+            raise RecipeError("this recipe estimates no direction, it loads one: there is nothing to extract")
+        prompts, encoded, sites = self._training_prompts, self._encoded_training(), self.read_sites()
+        labels = [str(prompt.label) for prompt in prompts]
+        model = load_model(self.ref.folder, dtype=self.dtype, device=self.device)
+        with self.progress("reading activations") as advance:
+            found = collect(
+                model, self.architecture, encoded, labels, sites, rows=self._needs_rows, progress=advance
+            )  # fmt: skip
+        return [self._direction(site, found[site]) for site in sites]
+
+    def _direction(self, site: Site, sides: dict[str, Statistics]) -> Direction:
+        estimator = self.recipe.estimator
+        assert estimator is not None
+        positive, negative = sides[estimator.positive], sides[estimator.negative]
+        vector, scale = registry.load("estimators", estimator.name)(positive, negative)
+        if estimator.orthogonal_to:
+            before = float(vector.norm())
+            vector = direction.orthogonal_to(vector, [sides[estimator.orthogonal_to].mean])
+            scale *= float(vector.norm()) / before
+        count = positive.count + negative.count
+        return Direction(
+            vector=direction.unit(vector, f"the {estimator.name} direction at {site}")[0],
+            site=site,
+            scale=scale,
+            stream_norm=(positive.norm * positive.count + negative.norm * negative.count) / count,
+            model=self.ref.hub_id or self.recipe.model,
+            revision=self.ref.revision,
+            estimator=estimator.name,
+            recipe_hash=self.extract_key,
+        )
+
+    def read_sites(self) -> list[Site]:
+        """Where directions are read: what the recipe says under ``read``, else the sites of its interventions."""
+        if self.recipe.read.sites is not None:
+            sites = parse_sites(self.recipe.read.sites, self.layers)
+        else:
+            sites = [site for one in self.recipe.intervention for site in parse_sites(one.sites, self.layers)]
+        if any(site.layer is None for site in sites):
+            raise RecipeError(
+                "'writes' and 'writers' are no place to read: name a site such as 'resid_post.14' under 'read'"
+            )
+        return sorted(set(sites), key=lambda site: site.order)
+
+    @cached_property
+    def _training_prompts(self) -> list[Prompt]:
+        estimator = self.recipe.estimator
+        if estimator is None:
+            return []
+        labels = [estimator.positive, estimator.negative]
+        others = [estimator.orthogonal_to] if estimator.orthogonal_to else []
+        prompts = self.recipe.prompts[estimator.prompts].load(self.home)
+        require_labels(prompts, [*labels, *others])
+        if self._needs_rows:
+            aside = [prompt for prompt in prompts if prompt.label in others and prompt.label not in labels]
+            return [*in_pairs(prompts, *labels), *aside]
+        return [prompt for prompt in prompts if prompt.label in (*labels, *others)]
+
+    @property
+    def _needs_rows(self) -> bool:
+        name = self.recipe.estimator.name if self.recipe.estimator else ""
+        return bool(getattr(registry.module("estimators", name), "NEEDS_ROWS", False))
+
+    def _encoded_training(self) -> list[Encoded]:
+        encoded = encode(load_tokenizer(self.ref.folder), self._training_prompts, self.recipe.read.position)
+        check_length(encoded, behaviour.context_length(self.base))
+        return encoded
+
+    # --- plan and bake
+
+    def interventions(self, directions: Sequence[Direction]) -> list[Intervention]:
+        """The recipe's interventions, each with its direction."""
+        found = []
+        for one in self.recipe.intervention:
+            own = direction.load(self.home / one.direction.load) if one.direction else directions
+            wanted = None if one.from_site is None else parse_site(one.from_site, self.layers)
+            for site in parse_sites(one.sites, self.layers):
+                coefficient = _at_layer(one.coefficient, site)
+                found.append(intervene(one.name, choose_direction(own, site, wanted), site, coefficient, one.units))
+        return found
+
+    def plan(self) -> Plan:
+        """What the bake will change, from the recipe's direction file or from what :meth:`extract` wrote."""
+        if self.recipe.direction:
+            return make_plan(self.base, self.interventions(direction.load(self.home / self.recipe.direction.load)))
+        directions = direction.load(self.directions_file) if self.recipe.estimator else []
+        return make_plan(self.base, self.interventions(directions))
+
+    def plan_sketch(self) -> Plan:
+        """:meth:`plan` before extraction: the right tensors, decisions and refusals; made-up vectors where needed."""
+        if not self.recipe.estimator:
+            return self.plan()
+        vector = torch.zeros(int(self.base.config[self.architecture.width]))
+        vector[0] = 1.0
+        stand_ins = [Direction(vector, site, stream_norm=1.0) for site in self.read_sites()]
+        return make_plan(self.base, self.interventions(stand_ins))
+
+    def bake(self, plan: Plan) -> None:
+        """Write ``model/`` and ``plan.json``."""
+        target = registry.load("targets", self.recipe.target.name)
+        # Only what an earlier run of ours left at this path is replaced.
+        overwrite = manifest.exists(self.model)
+        with self.progress("baking") as advance:
+            target(plan, self.base, self.ref, self.model, recipe=self.text, overwrite=overwrite, progress=advance)
+        write_text(self.plan_file, json.dumps(plan.as_json(), indent=2) + "\n")
+
+    # --- proof and behaviour
+
+    @cached_property
+    def _proof_rows(self) -> list[tuple[int, ...]]:
+        wanted = self.recipe.validation
+        return baked.proof_rows(wanted.prompts, self.home, self.base, wanted.decode_tokens)
+
+    def validate(self, plan: Plan) -> None:
+        """Write ``report.json``; where a check failed, remove the model and raise ValidationFailed."""
+        with self.progress("validating") as advance:
+            report = baked.certify(
+                self.model, self.base, plan.interventions, self._proof_rows,
+                decode_tokens=self.recipe.validation.decode_tokens, device=self.device, advance=advance,
+            )  # fmt: skip
+        write_text(self.report_file, json.dumps(report.as_json(), indent=2) + "\n")
+        try:
+            report.require()
+        except ValidationFailed as error:
+            shutil.rmtree(self.model)
+            raise ValidationFailed(f"{error}. The model was removed; the figures are in {self.report_file}") from error
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        return behaviour.questions(self.recipe, self.home, safety=self.safety)
+
+    def evaluate(self, which: str) -> None:
+        """Ask the ``base`` or the ``baked`` model and write ``answers.<which>.json``."""
+        folder = self.ref.folder if which == "base" else self.model
+        found = behaviour.ask(
+            folder, self._questions, dtype=self.dtype, device=self.device, who=which, progress=self.progress
+        )
+        write_text(self.answers_file(which), json.dumps(found, indent=1) + "\n")
+
+    def card(self) -> None:
+        """Put base and baked side by side in ``evaluation.json`` and write the model card."""
+        base, after = (json.loads(self.answers_file(which).read_text(encoding="utf-8")) for which in ("base", "baked"))
+        evaluation = behaviour.before_and_after(self._questions, base, after)
+        write_text(self.evaluation_file, json.dumps(evaluation, indent=2) + "\n")
+        manifest.set_recipe(self.model, self.text)
+        report = json.loads(self.report_file.read_text(encoding="utf-8"))
+        write_text(self.model / "README.md", card.render(self.model, report, evaluation))
+
+
+def save_directions(directions: Sequence[Direction], path: Path) -> None:
+    """Write ``directions`` to ``path``, complete or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        with replacing(path) as beside:
+            direction.save(directions, beside)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def choose_direction(directions: Sequence[Direction], site: Site, wanted: Site | None = None) -> Direction:
+    """The direction for ``site``: the one read at ``wanted`` or at ``site`` itself, or the only one there is.
+
+    Raises:
+        RecipeError: none of these exists; the message lists the sites that have one.
+    """
+    for one in directions:
+        if one.site == (wanted or site):
+            return one
+    if wanted is None and len(directions) == 1:
+        return directions[0]
+    there = ", ".join(str(one.site) for one in directions) or "none"
+    raise RecipeError(f"no direction was read at {wanted or site}; there are: {there}. Choose one with 'from: SITE'")
+
+
+def _at_layer(value: float | dict[int, float], site: Site) -> float:
+    if not isinstance(value, dict):
+        return value
+    if site.layer not in value:
+        raise RecipeError(f"'coefficient' has no entry for the layer of {site}; it has {sorted(value)}")
+    return value[site.layer]
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Every name that a folder of extensions must have, before the model is looked for."""
+    named = [("interventions", one.name) for one in recipe.intervention] + [("targets", recipe.target.name)]
+    named += [("estimators", recipe.estimator.name)] if recipe.estimator else []
+    named += [("judges", recipe.evaluate.judge)] if recipe.evaluate else []
+    for folder, name in named:
+        registry.module(folder, name)
+
+
+def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of the files that decide what the model in ``folder`` computes."""
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+    found = [(path.name, path.stat()) for path in files if path.exists()]
+    return [(name, status.st_size, status.st_mtime_ns) for name, status in found]

@@ -1,0 +1,88 @@
+"""The whole job on one screen: recipe -> directions -> plan -> bake -> certificate -> behaviour -> card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import registry
+from .checkpoint import Checkpoint
+from .interventions import Intervention
+from .job import Job
+from .models import pick_device, resolve
+from .plan import make_plan
+from .stages import Progress, Stages, no_empty_folder, silent
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run produced."""
+
+    folder: Path
+    model: Path
+    plan: Mapping[str, Any]
+    report: Mapping[str, Any]
+    evaluation: Mapping[str, Any]
+    ran: Mapping[str, bool]  # stage to whether it was run now
+
+
+def run(
+    recipe_file: str | Path,
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    safety: bool = True,
+    force: bool = False,
+    progress: Progress = silent,
+) -> Outcome:
+    """Everything a recipe asks for, into ``folder``; stages whose inputs have not changed are not run again.
+
+    Raises:
+        SteerBakeError: any of its kinds, with a sentence; what was finished before stays and is used by the next run.
+    """
+    folder = Path(folder)
+    stages = Stages(folder, force)
+    job = Job(Path(recipe_file), folder, device=pick_device(device), dtype=dtype, safety=safety, progress=progress)
+    job.check()
+    with no_empty_folder(folder):
+        if job.recipe.estimator:
+            stages.run("extract", job.extract_key, job.extract, job.directions_file)
+        plan = job.plan()
+        stages.run("bake", job.bake_key(plan), lambda: job.bake(plan), job.model / "config.json", job.plan_file)
+        stages.run("validate", job.validate_key(plan), lambda: job.validate(plan), job.report_file)
+        stages.run("evaluate base", job.evaluate_key(), lambda: job.evaluate("base"), job.answers_file("base"))
+        stages.run("evaluate baked", job.evaluate_key(plan), lambda: job.evaluate("baked"), job.answers_file("baked"))
+        stages.run("card", job.card_key(plan), job.card, job.model / "README.md", job.evaluation_file)
+
+    report, evaluation = (json.loads(file.read_text("utf-8")) for file in (job.report_file, job.evaluation_file))
+    return Outcome(folder, job.model, plan.as_json(), report, evaluation, stages.ran)
+
+
+def bake(
+    model: str | Path,
+    interventions: Sequence[Intervention],
+    out: str | Path,
+    *,
+    target: str = "checkpoint",
+    stack: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """Fold ``interventions`` into a copy of ``model`` (hub id, folder or packaged name) at ``out``.
+
+    Raises:
+        NotFoldable: a site and operation that this model cannot hold exactly.
+        CheckpointError: the model is missing, damaged or was baked before, or ``out`` cannot be written.
+    """
+    write = registry.load("targets", target)
+    with progress("fetching the model") as advance:
+        ref = resolve(str(model), progress=advance)
+    base = Checkpoint.open(ref.folder)
+    plan = make_plan(base, interventions)
+    out = Path(out)
+    with no_empty_folder(out), progress("baking") as advance:
+        write(plan, base, ref, out, stack=stack, progress=advance)
+    return out

@@ -1,0 +1,211 @@
+"""YAML to a typed recipe. The only place where pydantic is used: behind it everything is a plain dataclass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import RecipeError, did_you_mean
+from .prompts import Prompt, PromptSource, load
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Prompts(_Section):
+    """A prompt set: a path, a packaged set's name, ``hf:name:split``, or a mapping with options."""
+
+    path: str
+    system: str | dict[str, str | None] | None = None
+    label: str | None = None
+    split: str | None = None
+    category: str | None = None
+    chat: Literal["auto", False] = "auto"
+    text_column: str | None = None
+    label_column: str | None = None
+    limit: Annotated[int, Field(gt=0)] | None = None
+
+    def load(self, folder: Path) -> list[Prompt]:
+        """The prompts, relative paths starting at ``folder`` (the recipe's own)."""
+        return load(PromptSource(**self.model_dump()), folder=folder)
+
+
+def _path_as_mapping(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, dict) else value
+
+
+PromptSet = Annotated[Prompts, BeforeValidator(_path_as_mapping)]
+Sites = str | list[str]
+
+
+class Read(_Section):
+    """Where directions are read: which sites, and which of each prompt's tokens."""
+
+    sites: Sites | None = None  # default: the sites of the interventions
+    position: str | int = "last"
+
+
+class Estimator(_Section):
+    """How a direction is computed from the labelled prompts of one set."""
+
+    name: str = "mean_difference"
+    positive: str
+    negative: str
+    prompts: str = "train"  # which of the recipe's prompt sets
+    orthogonal_to: str | None = None  # a label of that set: its mean activation is projected out of the direction
+
+
+class LoadDirection(_Section):
+    load: str
+
+
+class Intervention(_Section):
+    """What is done with the direction, and where."""
+
+    name: str = "add"
+    sites: Sites
+    coefficient: float | dict[int, float] = 1.0  # one number, or one per layer
+    units: Literal["scale", "unit", "dose"] = "scale"
+    direction: LoadDirection | None = None  # this intervention's own direction instead of the recipe's
+    from_site: str | None = Field(default=None, alias="from")  # use the direction of this site at every site
+
+
+class Target(_Section):
+    name: str = "checkpoint"
+
+
+class Validate(_Section):
+    prompts: PromptSet = Prompts(path="plain", limit=24)
+    decode_tokens: Annotated[int, Field(gt=0)] = 24
+
+
+class Evaluate(_Section):
+    """What the steering is for, measured: the share of answers to which ``judge`` gives ``label``."""
+
+    judge: str = "phrases"
+    label: str = "refusal"
+    sets: list[str] = ["test"]
+    max_new_tokens: Annotated[int, Field(gt=0)] = 48
+    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0  # of greedy decoding, for base and baked alike
+
+
+class Recipe(_Section):
+    """One YAML file: one reproducible result."""
+
+    model: str
+    prompts: dict[str, PromptSet] = {}
+    read: Read = Read()
+    estimator: Estimator | None = None
+    direction: LoadDirection | None = None
+    intervention: Annotated[list[Intervention], BeforeValidator(_as_list)]
+    target: Target = Target()
+    validation: Validate = Field(default=Validate(), alias="validate")
+    evaluate: Evaluate | None = None
+    safety: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.estimator and self.direction:
+            raise ValueError("give either 'estimator' or 'direction', not both")
+        if not self.estimator and not self.direction and any(one.direction is None for one in self.intervention):
+            raise ValueError(
+                "a direction is needed: 'estimator: {positive: ..., negative: ...}' or 'direction: {load: FILE}'"
+            )
+        if self.estimator and self.estimator.positive == self.estimator.negative:
+            raise ValueError(f"'positive' and 'negative' are both {self.estimator.positive!r}: name two labels")
+        for name in self.prompts:
+            if name.startswith("safety/"):
+                raise ValueError(f"the prompt set {name!r} needs another name: 'safety/...' are the packaged sets")
+        named = [self.estimator.prompts] if self.estimator else []
+        for name in [*named, *(self.evaluate.sets if self.evaluate else [])]:
+            if name not in self.prompts:
+                raise ValueError(f"there is no prompt set {name!r} under 'prompts': {did_you_mean(name, self.prompts)}")
+        return self
+
+
+def read(path: Path) -> tuple[Recipe, str]:
+    """The recipe in a YAML file, and its text as it is.
+
+    Raises:
+        RecipeError: the file cannot be read, is no YAML mapping, or a key or value is wrong; an unknown key is named
+            with the nearest known one.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+    return parse(text, str(path)), text
+
+
+def parse(text: str, name: str = "recipe") -> Recipe:
+    """The recipe in a YAML text (raises as :func:`read` does)."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{name} must be a mapping that begins with 'model:'; see recipes/quickstart.yaml")
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{name}: " + "; ".join(_sentences(content, error))) from error
+
+
+def _sentences(content: dict[str, Any], error: ValidationError) -> list[str]:
+    """One sentence per place that is wrong (pydantic has one per member of a union)."""
+    said: dict[str, list[str]] = {}
+    for one in error.errors():
+        where, given = _place(content, one["loc"])
+        if one["type"] == "extra_forbidden":
+            *parents, key = one["loc"]
+            said[where] = [f"unknown key {where!r}: {did_you_mean(str(key), _known_keys(parents))}"]
+            continue
+        message = str(one["msg"]).removeprefix("Value error, ")
+        if one["type"] == "missing":
+            message = "is missing"
+        elif one["type"] != "value_error":
+            message = f"{message[:1].lower()}{message[1:]}, not {given!r:.80}"
+        said.setdefault(where, []).append(f"{where!r}: {message}" if where else message)
+    return [messages[0] if len(messages) == 1 else " or ".join(messages) for messages in said.values()]
+
+
+def _place(content: Any, loc: tuple[int | str, ...]) -> tuple[str, Any]:
+    """The dotted name of a place in the YAML and what is there; the names that pydantic gives to types are left out."""
+    parts: list[str] = []
+    here = content
+    for part in loc:
+        if isinstance(here, list) and isinstance(part, int):
+            parts, here = [*parts, str(part)], here[part]
+        elif isinstance(here, dict) and part in here:
+            parts.append(str(part))
+            here = here[part]
+        elif part == loc[-1] and isinstance(here, dict):  # a key that is missing
+            parts.append(str(part))
+    return ".".join(parts), here
+
+
+def _known_keys(parents: list[Any]) -> list[str]:
+    """The keys that a section has, found by walking the types along ``parents``."""
+    section: type[BaseModel] = Recipe
+    for part in parents:
+        fields = {field.alias or name: field for name, field in section.model_fields.items()}
+        section = (_section_in(fields[part].annotation) if part in fields else None) or section
+    return [field.alias or name for name, field in section.model_fields.items()]
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_in(inner)
+        if found is not None:
+            return found
+    return None
