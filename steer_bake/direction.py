@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from .errors import RecipeError
@@ -82,7 +82,7 @@ def save(directions: Iterable[Direction], path: Path) -> None:
     if len(tensors) != len(found):
         raise ValueError("two directions of one site cannot share a file")
     metadata = {str(one.site): one.provenance() for one in found}
-    save_file(tensors, path, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True)})
+    path.write_bytes(to_bytes(tensors, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
 def load(path: Path) -> list[Direction]:

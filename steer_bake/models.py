@@ -239,6 +239,8 @@ def _convert(known: Packaged, source: Path, folder: Path, progress: Progress | N
         tokenizer.model_max_length = model.config.max_position_embeddings
         tokenizer.padding_side = "left"
         model.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod(0o644)  # they are written as private files, and every bake links to them
         tokenizer.save_pretrained(folder)
     _widen(folder / "tokenizer_config.json")
     for entry in metadata.files(known.distribution) or []:

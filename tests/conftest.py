@@ -5,6 +5,8 @@ import os
 # A stray call to the hub would hang on a machine without network; nothing here needs it.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# A test worker inherits the width of somebody's terminal; the tests read tables of the ordinary width.
+os.environ.pop("COLUMNS", None)
 
 from pathlib import Path
 

@@ -16,12 +16,6 @@ LAYERS = (
     (
         "direction",
         "checkpoint",
-        "checkpoint_carry",
-        "checkpoint_header",
-        "checkpoint_open",
-        "checkpoint_pipeline",
-        "checkpoint_publish",
-        "checkpoint_stream",
         "models",
         "prompts",
         "rounding",

@@ -29,6 +29,8 @@ def checkpoint(
     Raises:
         CheckpointError: ``out`` is in the way, the base was baked before and ``stack`` is not set, or writing failed.
     """
+    if out.absolute() == base.folder.absolute() or base.folder.absolute() in out.absolute().parents:
+        raise CheckpointError(f"{out} lies in the base model's own folder; choose a place outside {base.folder}")
     before = None
     if manifest.exists(base.folder):
         if not stack:

@@ -1,0 +1,37 @@
+"""Checkpoints on disk: open one, write an edited copy of it, publish that copy complete or not at all.
+
+    base = Checkpoint.open(folder)
+    with publish(out) as fresh:
+        write_edited(base, edits, fresh, config_changes={})
+
+Untouched shards are linked, touched ones streamed, new tensors go into one extra shard. The parts, lowest first:
+
+    header      the file format, read without trust
+    folder      Checkpoint: a validated folder
+    edit        Edit, and its arithmetic in bounded pieces
+    publishing  complete at its path or not at all
+    pipeline    the pieces on two cores
+    carry       linked shards and the small files that go along
+    writing     which file of the output holds what
+"""
+
+from __future__ import annotations
+
+from .carry import FileRecord
+from .edit import Edit, plain_rounding, recompute
+from .folder import Checkpoint
+from .header import TensorInfo
+from .publishing import check_room, publish
+from .writing import write_edited
+
+__all__ = [
+    "Checkpoint",
+    "Edit",
+    "FileRecord",
+    "TensorInfo",
+    "check_room",
+    "plain_rounding",
+    "publish",
+    "recompute",
+    "write_edited",
+]

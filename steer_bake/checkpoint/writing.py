@@ -1,0 +1,229 @@
+"""Which file of the output holds what: untouched shards linked, touched ones streamed, new tensors in an extra one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..rounding import round_into
+from .carry import FileRecord, carry, lfs_sha256, place, write_json
+from .edit import Edit, Rounding, Slab, check_edit, slabs
+from .folder import CONFIG, INDEX, ONE_FILE, Checkpoint
+from .header import DTYPE_BITS, FLOATS, TensorInfo, pack_header
+from .pipeline import Copy, NewFile, split, write_files
+from .publishing import cannot_write, check_room
+
+
+def write_edited(
+    base: Checkpoint,
+    edits: Sequence[Edit],
+    folder: Path,
+    *,
+    config_changes: Mapping[str, Any],
+    dtype: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    rounding: Rounding = round_into,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[FileRecord]:
+    """Fill the empty folder ``folder`` with ``base`` plus ``edits``: a whole checkpoint, with the base's other files.
+
+    Args:
+        config_changes: merged into ``config.json``, tables within tables too.
+        dtype: store edited and new tensors in this dtype instead of their own; untouched ones stay as they are.
+        rename: new names of tensors of the base (layers behind an inserted one); edits go by the new names, their
+            sources by the old. Files without a renamed or edited tensor are linked.
+        rounding: how exact values become stored ones; the default keeps what an ablation removes removed.
+        progress: called with bytes (done, total).
+
+    Returns:
+        One record per file, in the order in which they were written; the index is the last.
+
+    Raises:
+        CheckpointError: an edit does not fit the base, or the folder cannot be written; what is in it then is of no use
+            (:func:`publish` removes it).
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise CheckpointError(f"edits cannot be stored as {dtype!r}; choose one of {', '.join(FLOATS)}")
+    shards = _layout(base, edits, dict(rename or {}), dtype)
+    linked: dict[str, str] = {}
+    new: list[NewFile] = []
+    needed = 0
+    try:
+        for shard in shards:
+            how = place(base.folder / shard.source, folder / shard.name) if shard.untouched else None
+            if how is None:
+                new.append(shard.new_file(base, folder, rounding))
+            else:
+                linked[shard.name] = how
+        needed = sum(file.size for file in new)
+        check_room(folder, needed)
+        hashes = write_files(new, progress)
+        records = [_record(base, shard, linked.get(shard.name), folder, hashes) for shard in shards]
+        records += carry(base.folder, folder)
+        records.append(write_json(folder / CONFIG, _merged(base.config, config_changes)))
+        if [shard.name for shard in shards] != [ONE_FILE]:
+            records.append(write_json(folder / INDEX, _index(base, shards)))
+    except OSError as error:
+        raise cannot_write(error, folder, needed) from error
+    return records
+
+
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """One safetensors file of the output."""
+
+    name: str
+    source: str  # the base's file that it stands for; "" for the extra shard
+    tensors: tuple[TensorInfo, ...]  # as they will lie in it
+    header: bytes | None  # None: the base's own header
+    edits: Mapping[str, Edit]
+    names: Mapping[str, str]  # name in the output -> name in the base
+
+    @property
+    def untouched(self) -> bool:
+        return bool(self.source) and self.header is None and not self.edits
+
+    def new_file(self, base: Checkpoint, folder: Path, rounding: Rounding) -> NewFile:
+        header = self.header
+        if header is None:
+            with open(base.folder / self.source, "rb") as file:
+                header = file.read(base.headers[self.source].start)
+        size = self.tensors[-1].end if self.tensors else len(header)
+        jobs = list(_merge_copies(self._jobs(base, rounding)))
+        return NewFile(folder / self.name, header, size, jobs, in_order=not self.source)
+
+    def _jobs(self, base: Checkpoint, rounding: Rounding) -> Iterator[Copy | Slab]:
+        for info in self.tensors:
+            edit = self.edits.get(info.name)
+            source = self.names.get(info.name) if edit is None else _copied(base, edit, info.dtype)
+            if source is not None:
+                found = base.tensors[source]
+                yield Copy(base.folder / found.file, found.start, info.start, found.nbytes)
+            elif edit is not None:
+                yield from slabs(base, edit, info.start, info.dtype, rounding)
+
+
+def _copied(base: Checkpoint, edit: Edit, dtype: str) -> str | None:
+    """The tensor that ``edit`` copies byte by byte, if that is all it does (a head that is untied)."""
+    if edit.source is None or edit.affine.is_linear or edit.affine.has_shift:
+        return None
+    return edit.source if base.tensors[edit.source].dtype == dtype else None
+
+
+def _merge_copies(jobs: Iterator[Copy | Slab]) -> Iterator[Copy | Slab]:
+    """Neighbouring copies as one, then cut to the size that suits the pipeline."""
+    run: Copy | None = None
+    for job in jobs:
+        if isinstance(job, Copy):
+            if run is not None and (run.path, run.source + run.size, run.target + run.size) == (
+                job.path,
+                job.source,
+                job.target,
+            ):
+                run = replace(run, size=run.size + job.size)
+                continue
+            if run is not None:
+                yield from split(run)
+            run = job
+            continue
+        if run is not None:
+            yield from split(run)
+        run = None
+        yield job
+    if run is not None:
+        yield from split(run)
+
+
+def _layout(base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str], dtype: str | None) -> list[_Shard]:
+    """The files of the output; every tensor in exactly one of them."""
+    for edit in edits:
+        check_edit(base, edit)
+    for name in rename:
+        base.info(name)
+    kept = {rename.get(name, name): name for name in base.tensors}
+    by_name = {edit.tensor: edit for edit in edits}
+    twice = [name for name, count in Counter(edit.tensor for edit in edits).items() if count > 1]
+    if twice or len(kept) < len(base.tensors):
+        raise CheckpointError(
+            f"two edits or two renamed tensors would both be {(twice or ['one name'])[0]!r}; plan again"
+        )
+    fresh = [edit for edit in edits if edit.tensor not in kept]
+    shards = [_shard(base, file, {v: k for k, v in kept.items()}, by_name, dtype) for file in base.files]
+    if not fresh:
+        return shards
+    # Renumbering links costs nothing and no loader can take the new names for anything but shards.
+    count = len(shards) + 1
+    shards = [replace(shard, name=_numbered(index + 1, count)) for index, shard in enumerate(shards)]
+    wanted = [TensorInfo(edit.tensor, dtype or edit.dtype, edit.shape, "", 0, 0) for edit in fresh]
+    wanted.sort(key=lambda info: (-DTYPE_BITS[info.dtype], info.name))  # wide dtypes first keeps every tensor aligned
+    header, tensors = pack_header(wanted, {"format": "pt"})
+    return [
+        *shards,
+        _Shard(_numbered(count, count), "", tuple(tensors), header, {edit.tensor: edit for edit in fresh}, {}),
+    ]
+
+
+def _numbered(index: int, count: int) -> str:
+    return f"model-{index:05d}-of-{count:05d}.safetensors"
+
+
+def _shard(
+    base: Checkpoint, file: str, new_names: Mapping[str, str], edits: Mapping[str, Edit], dtype: str | None
+) -> _Shard:
+    old = base.headers[file]
+    here = {new_names[info.name]: info.name for info in old.tensors}
+    edited = {name: edits[name] for name in here if name in edits}
+    tensors = []
+    for info in old.tensors:
+        edit = edited.get(new_names[info.name])
+        if edit is not None and edit.shape != info.shape:
+            raise CheckpointError(
+                f"{info.name!r} is {list(info.shape)} in the base, not {list(edit.shape)}; plan again for this base"
+            )
+        tensors.append(
+            replace(info, name=new_names[info.name], dtype=info.dtype if edit is None else dtype or edit.dtype)
+        )
+    header = None
+    if tensors != list(old.tensors):
+        if [info.dtype for info in tensors] != [info.dtype for info in old.tensors]:
+            tensors.sort(key=lambda info: -DTYPE_BITS[info.dtype])
+        header, tensors = pack_header(tensors, old.metadata, like=old.start)
+    return _Shard(file, file, tuple(tensors), header, edited, here)
+
+
+def _record(base: Checkpoint, shard: _Shard, how: str | None, folder: Path, hashes: Mapping[str, str]) -> FileRecord:
+    size = (folder / shard.name).stat().st_size
+    header = base.header_hash(shard.source) if shard.header is None else hashlib.sha256(shard.header).hexdigest()
+    if how is None:
+        how = "copied" if shard.untouched else "written"
+    lfs = lfs_sha256(base.folder / shard.source) if shard.untouched else None
+    return FileRecord(shard.name, size, how, hashes.get(shard.name), header, lfs)
+
+
+def _index(base: Checkpoint, shards: Sequence[_Shard]) -> dict[str, Any]:
+    tensors = [(info, shard.name) for shard in shards for info in shard.tensors]
+    metadata = {**base.index_metadata, "total_size": sum(info.nbytes for info, _ in tensors)}
+    if isinstance(metadata.get("total_parameters"), int):
+        before = sum(_count(info) for info in base.tensors.values())
+        metadata["total_parameters"] += sum(_count(info) for info, _ in tensors) - before
+    return {
+        "metadata": metadata,
+        "weight_map": {info.name: name for info, name in sorted(tensors, key=lambda one: one[0].name)},
+    }
+
+
+def _count(info: TensorInfo) -> int:
+    return info.nbytes * 8 // DTYPE_BITS[info.dtype]
+
+
+def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(old)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), dict)
+        out[key] = _merged(out[key], value) if both else value
+    return out
