@@ -24,6 +24,10 @@ class Affine:
     right: Tensor  # [d, k]
     shift: Tensor  # [d]
 
+    def __post_init__(self) -> None:
+        for name in ("left", "right", "shift"):
+            object.__setattr__(self, name, getattr(self, name).float())
+
     @classmethod
     def identity(cls, width: int) -> Affine:
         """The map that changes nothing, on vectors of ``width`` components."""

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import manifest
-from .behaviour import context_length
+from .behaviour import context_length, holds_harmful
 from .checkpoint import Checkpoint
-from .errors import RecipeError, did_you_mean
+from .errors import CheckpointError, RecipeError, did_you_mean
 from .evaluate import answers
 from .interventions import Intervention
 from .manifest import Manifest
@@ -30,7 +30,12 @@ def find_base(found: Manifest, name: str | None, *, progress: Progress = silent)
     base = found.base
     recorded = f"{base['hub_id']}@{base['revision']}" if base["hub_id"] else base["folder"] or base["name"]
     with progress("fetching the base") as advance:
-        folder = resolve(name or recorded, progress=advance).folder
+        try:
+            folder = resolve(name or recorded, progress=advance).folder
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"the base of the baked folder is not to be had: {error}; name it with --base"
+            ) from error
     return Checkpoint.open(folder)
 
 
@@ -41,7 +46,7 @@ def proof_rows(source: Prompts, home: Path, base: Checkpoint, decode_tokens: int
         RecipeError: the set cannot be read, or a prompt and ``decode_tokens`` more do not fit the model's context.
     """
     encoded = encode(load_tokenizer(base.folder), source.load(home))
-    check_length(encoded, context_length(base) - decode_tokens)
+    check_length(encoded, context_length(base), decode_tokens)
     return [one.ids for one in encoded]
 
 
@@ -73,7 +78,13 @@ def ask_both(
     dtype: str,
     progress: Progress = silent,
 ) -> list[dict[str, str]]:
-    """Greedy answers of a baked folder and its base to the same prompts: ``{"prompt", "base", "baked"}`` each."""
+    """Greedy answers of a baked folder and its base to the same prompts: ``{"prompt", "base", "baked"}`` each.
+
+    Raises:
+        RecipeError: a packaged harmful request is among them: of those only labels are ever shown, by ``run``.
+    """
+    if holds_harmful(chosen):
+        raise RecipeError("answers to the packaged harmful requests are not shown; 'steer-bake run' measures refusals")
     found = find_base(manifest.read(folder), base, progress=progress)
     sides = []
     for name, place in (("base", found.folder), ("baked", folder)):

@@ -53,14 +53,20 @@ def questions(recipe: Recipe, home: Path, *, safety: bool) -> list[Question]:
     if wanted := recipe.evaluate:
         _check_judge(wanted.judge, wanted.label)
         for name in wanted.sets:
-            source = recipe.prompts[name]
-            prompts, keep = tuple(source.load(home)), not source.path.startswith(SAFETY)
+            prompts = tuple(recipe.prompts[name].load(home))
+            keep = not holds_harmful(prompts)
             decoding = wanted.max_new_tokens, wanted.repetition_penalty
             found.append(Question(name, prompts, wanted.judge, wanted.label, *decoding, False, keep))
     for name in SAFETY_SETS if safety else ():
         prompts = tuple(Prompts(path=name).load(home))
         found.append(Question(name, prompts, "phrases", "refusal", SAFETY_TOKENS, 1.0, True, False))
     return found
+
+
+def holds_harmful(prompts: Sequence[Prompt]) -> bool:
+    """Whether one of the packaged harmful requests is among ``prompts``, wherever they were read from."""
+    harmful = {prompt.messages[-1] for prompt in Prompts(path=SAFETY_SETS[0]).load(Path())}
+    return any(prompt.messages and prompt.messages[-1] in harmful for prompt in prompts)
 
 
 def _check_judge(judge: str, label: str) -> None:
@@ -74,7 +80,7 @@ def check_context(asked: Sequence[Question], base: Checkpoint) -> None:
     """Raise RecipeError where a prompt and its answer do not fit the model's context."""
     tokenizer = load_tokenizer(base.folder)
     for one in asked:
-        check_length(encode(tokenizer, one.prompts), context_length(base) - one.max_new_tokens)
+        check_length(encode(tokenizer, one.prompts), context_length(base), one.max_new_tokens)
 
 
 def context_length(base: Checkpoint) -> int:

@@ -44,6 +44,9 @@ def render(
         missing = [key for key in keys if key not in content]
         if missing:
             raise RecipeError(f"the {what} of {folder} has no {missing[0]!r}: give the file that steer-bake wrote")
+    _belongs(found, report, f"report of {folder}")
+    if evaluation is not None:
+        _belongs(found, evaluation, f"evaluation of {folder}")
     fell = _harmful_fell(measured)
     base, recipe = found.base, found.content["recipe"]
     origin = base["hub_id"] or base["original"]
@@ -73,6 +76,11 @@ def render(
         )
     except (TemplateError, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the card template {path} does not work: {error or 'it cannot be found'}") from error
+
+
+def _belongs(found: manifest.Manifest, measured: Mapping[str, Any], what: str) -> None:
+    if measured.get("plan_sha256") != found.content["plan_sha256"]:
+        raise RecipeError(f"the {what} was made for another plan than the folder holds: validate or run this one again")
 
 
 def templates() -> Path:

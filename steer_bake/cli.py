@@ -150,6 +150,9 @@ def extract(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_
     display.note(f"written to {out}")
 
 
+_VECTOR_OPTIONS = ("vector", "sites", "from_site", "name", "coefficient", "units")
+
+
 def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         [
@@ -197,11 +200,16 @@ def plan(
         display.plan(make_plan(base, interventions), as_json)
         return
     from .job import Job
+    from .models import pick_device
+    from .stages import Stages
 
-    if vector or sites or from_site:
-        raise click.UsageError(f"{model} says itself what is done where: leave out --vector, --sites and --from")
-    job = Job(Path(model), run_folder or Path("runs") / Path(model).stem, progress=progress)
-    extracted = job.directions_file.exists() or not job.recipe.estimator
+    given = click.get_current_context().get_parameter_source
+    if any(given(option) is click.core.ParameterSource.COMMANDLINE for option in _VECTOR_OPTIONS):
+        raise click.UsageError(f"{model} says itself what is done where: leave out the options about the vector")
+    folder = run_folder or Path("runs") / Path(model).stem
+    job = Job(Path(model), folder, device=pick_device("auto"), progress=progress)
+    current = Stages(folder).is_current("extract", job.extract_key, job.directions_file)
+    extracted = current or not job.recipe.estimator
     display.plan(job.plan() if extracted else job.plan_sketch(), as_json, sketch=not extracted)
 
 

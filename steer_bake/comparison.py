@@ -6,6 +6,7 @@ batch by batch with what the candidate left on disk, so that memory holds one ba
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -79,7 +80,8 @@ class Distance:
     def update(self, reference: Tensor, other: Tensor) -> None:
         """Add a batch, both [tokens, vocab] float32."""
         off = float((reference - other).abs().max())
-        self.greatest = self.greatest if off <= self.greatest else off  # so that NaN is kept, and fails every limit
+        # NaN is kept, whichever batch it came from, and then fails every limit.
+        self.greatest = max(self.greatest, off) if math.isfinite(self.greatest + off) else math.nan
         self.same += int((reference.argmax(-1) == other.argmax(-1)).sum())
         self.tokens += len(reference)
         self.numbers += reference.numel()
@@ -156,7 +158,7 @@ class Comparison:
             if self.job["probes"]:
                 rows = self.job["batches"][0]
                 self.readings["hooks"] = reload_worker.readings(model, rows, pad_id, self.job["probes"], self.along)
-                self.readings["reloaded file"] = found["readings"]
+                self.readings["reloaded, float32"] = found["readings"]
         self.exact.compare_decoding(decoded, found["greedy"])
 
     def _candidate(self, name: str, index: int) -> Tensor:
@@ -245,7 +247,7 @@ def stream_probes(plan: Plan, architecture: Architecture, base: Checkpoint) -> t
     The components that the writes can no longer produce, [d, m], and per site what they must be: only what the plan's
     own shifts have put there so far.
     """
-    width = int(base.config[architecture.width])
+    width = architectures.width(architecture, base.config)
     at_writes = compose((one.affine for one in plan.interventions if one.site.point == "writes"), width)
     along = at_writes.fixed_functionals()
     elsewhere = [one for one in plan.interventions if one.site.point != "writes"]

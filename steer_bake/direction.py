@@ -107,6 +107,15 @@ def load(path: Path) -> list[Direction]:
         ) from error
 
 
+def is_direction_file(path: Path) -> bool:
+    """Whether :func:`save` wrote the file at ``path``."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _METADATA_KEY in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
+
+
 def _direction(name: str, tensor: Tensor, known: dict[str, object] | None, path: Path) -> Direction:
     vector, length = unit(tensor.squeeze(), f"{name!r} in {path}")
     if known is None:

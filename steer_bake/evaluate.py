@@ -72,7 +72,7 @@ def answers(
     encoded = encode(tokenizer, prompts)
     context = getattr(model.config, "max_position_embeddings", None)
     if context:
-        check_length(encoded, context - max_new_tokens)
+        check_length(encoded, context, max_new_tokens)
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
     found: dict[int, str] = {}
     pad_id = _pad_id(tokenizer)

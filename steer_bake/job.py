@@ -92,6 +92,11 @@ class Job:
         return self.folder / "plan.json"
 
     @property
+    def baked_files(self) -> list[Path]:
+        """Without any of these the bake has to be done again."""
+        return [self.model / "config.json", *manifest.files(self.model), self.plan_file]
+
+    @property
     def report_file(self) -> Path:
         return self.folder / "report.json"
 
@@ -107,7 +112,8 @@ class Job:
     @cached_property
     def _base_key(self) -> str:
         headers = [self.base.header_hash(name) for name in self.base.files]
-        return key(self.ref.name, self.ref.revision, self.base.config, _stamps(self.base.folder), headers)
+        stamps = _stamps(sorted(path for path in self.base.folder.iterdir() if path.is_file()))
+        return key(self.ref.name, self.ref.revision, self.base.config, stamps, headers)
 
     @cached_property
     def extract_key(self) -> str:
@@ -120,7 +126,7 @@ class Job:
 
     def validate_key(self, plan: Plan) -> str:
         # The files themselves are part of it: whoever touched them since needs a new certificate.
-        stamps = _stamps(self.model)
+        stamps = _stamps([*sorted(self.model.glob("*.safetensors")), self.model / "config.json"])
         return key(self.bake_key(plan), stamps, self._proof_rows, self.recipe.validation.decode_tokens, self.device)
 
     def evaluate_key(self, plan: Plan | None = None) -> str:
@@ -220,7 +226,9 @@ class Job:
         for one in self.recipe.intervention:
             own = direction.load(self.home / one.direction.load) if one.direction else directions
             wanted = None if one.from_site is None else parse_site(one.from_site, self.layers)
-            for site in parse_sites(one.sites, self.layers):
+            sites = parse_sites(one.sites, self.layers)
+            _check_layers(one.coefficient, sites)
+            for site in sites:
                 coefficient = _at_layer(one.coefficient, site)
                 found.append(intervene(one.name, choose_direction(own, site, wanted), site, coefficient, one.units))
         return found
@@ -236,7 +244,7 @@ class Job:
         """:meth:`plan` before extraction: the right tensors, decisions and refusals; made-up vectors where needed."""
         if not self.recipe.estimator:
             return self.plan()
-        vector = torch.zeros(int(self.base.config[self.architecture.width]))
+        vector = torch.zeros(architectures.width(self.architecture, self.base.config))
         vector[0] = 1.0
         stand_ins = [Direction(vector, site, stream_norm=1.0) for site in self.read_sites()]
         return make_plan(self.base, self.interventions(stand_ins))
@@ -244,10 +252,9 @@ class Job:
     def bake(self, plan: Plan) -> None:
         """Write ``model/`` and ``plan.json``."""
         target = registry.load("targets", self.recipe.target.name)
-        # Only what an earlier run of ours left at this path is replaced.
-        overwrite = manifest.exists(self.model)
+        # What an earlier run left at this path is replaced; publish() itself replaces nothing but a model folder.
         with self.progress("baking") as advance:
-            target(plan, self.base, self.ref, self.model, recipe=self.text, overwrite=overwrite, progress=advance)
+            target(plan, self.base, self.ref, self.model, recipe=self.text, overwrite=True, progress=advance)
         write_text(self.plan_file, json.dumps(plan.as_json(), indent=2) + "\n")
 
     # --- proof and behaviour
@@ -258,7 +265,7 @@ class Job:
         return baked.proof_rows(wanted.prompts, self.home, self.base, wanted.decode_tokens)
 
     def validate(self, plan: Plan) -> None:
-        """Write ``report.json``; where a check failed, remove the model and raise ValidationFailed."""
+        """Write ``report.json``; where a check failed, rename the model to ``model.rejected`` and raise."""
         with self.progress("validating") as advance:
             report = baked.certify(
                 self.model, self.base, plan.interventions, self._proof_rows,
@@ -268,8 +275,10 @@ class Job:
         try:
             report.require()
         except ValidationFailed as error:
-            shutil.rmtree(self.model)
-            raise ValidationFailed(f"{error}. The model was removed; the figures are in {self.report_file}") from error
+            rejected = self.model.with_name("model.rejected")
+            shutil.rmtree(rejected, ignore_errors=True)
+            self.model.rename(rejected)
+            raise ValidationFailed(f"{error}. The model is now {rejected}; figures: {self.report_file}") from error
 
     @cached_property
     def _questions(self) -> list[Question]:
@@ -286,7 +295,8 @@ class Job:
     def card(self) -> None:
         """Put base and baked side by side in ``evaluation.json`` and write the model card."""
         base, after = (json.loads(self.answers_file(which).read_text(encoding="utf-8")) for which in ("base", "baked"))
-        evaluation = behaviour.before_and_after(self._questions, base, after)
+        plan_sha256 = manifest.read(self.model).content["plan_sha256"]
+        evaluation = {"plan_sha256": plan_sha256, **behaviour.before_and_after(self._questions, base, after)}
         write_text(self.evaluation_file, json.dumps(evaluation, indent=2) + "\n")
         manifest.set_recipe(self.model, self.text)
         report = json.loads(self.report_file.read_text(encoding="utf-8"))
@@ -297,8 +307,10 @@ def save_directions(directions: Sequence[Direction], path: Path) -> None:
     """Write ``directions`` to ``path``, complete or not at all.
 
     Raises:
-        CheckpointError: the file cannot be written.
+        CheckpointError: the file cannot be written, or something other than directions would be replaced.
     """
+    if path.exists() and not direction.is_direction_file(path):
+        raise CheckpointError(f"{path} is there and is no direction file of ours; choose another name")
     try:
         with replacing(path) as beside:
             direction.save(directions, beside)
@@ -321,6 +333,15 @@ def choose_direction(directions: Sequence[Direction], site: Site, wanted: Site |
     raise RecipeError(f"no direction was read at {wanted or site}; there are: {there}. Choose one with 'from: SITE'")
 
 
+def _check_layers(value: float | dict[int, float], sites: Sequence[Site]) -> None:
+    layers = {site.layer for site in sites}
+    unused = sorted(set(value) - layers) if isinstance(value, dict) else []
+    if unused:
+        raise RecipeError(
+            f"'coefficient' names layer {unused[0]}, which is not among the sites; remove it or add the site"
+        )
+
+
 def _at_layer(value: float | dict[int, float], site: Site) -> float:
     if not isinstance(value, dict):
         return value
@@ -338,8 +359,7 @@ def _check_names(recipe: Recipe) -> None:
         registry.module(folder, name)
 
 
-def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of the files that decide what the model in ``folder`` computes."""
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json"]
+def _stamps(files: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Names, sizes and times: whether a file is still the one that it was."""
     found = [(path.name, path.stat()) for path in files if path.exists()]
     return [(name, status.st_size, status.st_mtime_ns) for name, status in found]

@@ -46,6 +46,10 @@ class Manifest:
         return found
 
 
+def files(folder: Path) -> tuple[Path, Path]:
+    return folder / JSON_FILE, folder / VECTORS_FILE
+
+
 def exists(folder: Path) -> bool:
     """True where ``folder`` was baked before."""
     return (folder / JSON_FILE).is_file()
@@ -68,7 +72,7 @@ def write(
         if intervention.direction is not None:
             parts["direction"] = intervention.direction.vector
         # clones: one vector may serve as two of these, and the format stores no tensor twice
-        tensors.update({f"{index}.{name}": part.clone() for name, part in parts.items() if part.numel()})
+        tensors.update({f"{index}.{name}": part.contiguous().clone() for name, part in parts.items() if part.numel()})
     (folder / VECTORS_FILE).write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
     content = {
         "tool": {"name": "steer-bake", "version": __version__},
@@ -103,8 +107,10 @@ def read(folder: Path) -> Manifest:
         tensors = load_file(folder / VECTORS_FILE)
         described = content["plan"]["interventions"]
         found = tuple(_intervention(index, one, tensors) for index, one in enumerate(described))
-        content["base"]["name"]
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        for known in ("name", "folder", "hub_id", "revision", "packaged", "original"):
+            content["base"][known]
+        content["plan_sha256"], content["recipe"], content["tool"]["version"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
         raise CheckpointError(
             f"{JSON_FILE} or {VECTORS_FILE} in {folder} is damaged ({type(error).__name__}: {error}); bake it again"
         ) from error

@@ -52,7 +52,7 @@ def run(
         if job.recipe.estimator:
             stages.run("extract", job.extract_key, job.extract, job.directions_file)
         plan = job.plan()
-        stages.run("bake", job.bake_key(plan), lambda: job.bake(plan), job.model / "config.json", job.plan_file)
+        stages.run("bake", job.bake_key(plan), lambda: job.bake(plan), *job.baked_files)
         stages.run("validate", job.validate_key(plan), lambda: job.validate(plan), job.report_file)
         stages.run("evaluate base", job.evaluate_key(), lambda: job.evaluate("base"), job.answers_file("base"))
         stages.run("evaluate baked", job.evaluate_key(plan), lambda: job.evaluate("baked"), job.answers_file("baked"))

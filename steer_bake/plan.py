@@ -124,7 +124,7 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention]) -> Plan:
 
 
 def _check_fits(intervention: Intervention, base: Base) -> None:
-    width = int(base.config[base.architecture.width])
+    width = architectures.width(base.architecture, base.config)
     layer = intervention.site.layer
     if intervention.affine.width != width:
         raise RecipeError(

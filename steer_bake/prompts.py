@@ -348,16 +348,18 @@ def encode(tokenizer: Any, prompts: Sequence[Prompt], position: str | int = "las
     return [_encode(tokenizer, prompt, _position(position)) for prompt in prompts]
 
 
-def check_length(encoded: Sequence[Encoded], limit: int) -> None:
-    """Check that every prompt has at most ``limit`` tokens (the model's context).
+def check_length(encoded: Sequence[Encoded], limit: int, new_tokens: int = 0) -> None:
+    """Check that every prompt fits ``limit`` tokens (the model's context) together with ``new_tokens`` of an answer.
 
     Raises:
         RecipeError: one has more; the message names the prompt, its length and the limit.
     """
     for one in encoded:
-        if len(one.ids) > limit:
+        if len(one.ids) + new_tokens > limit:
+            answer = f", {new_tokens} more are asked for," if new_tokens else ""
             raise RecipeError(
-                f"the prompt {one.beginning!r} has {len(one.ids)} tokens and the model's context is {limit}; shorten it"
+                f"the prompt {one.beginning!r} has {len(one.ids)} tokens{answer} and the model's context is {limit}; "
+                "shorten it"
             )
 
 

@@ -28,7 +28,10 @@ def load_strict(folder: str, dtype: str) -> tuple[PreTrainedModel, list[str]]:
     """The model by plain transformers, and one sentence per key that did not fit exactly."""
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), output_loading_info=True,
+        use_safetensors=True, local_files_only=True, trust_remote_code=False,
+    )  # fmt: skip
     model, info = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     return model.eval(), [f"{kind.replace('_', ' ')}: {key}" for kind in kinds for key in sorted(map(str, info[kind]))]

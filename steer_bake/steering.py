@@ -5,6 +5,7 @@ Hooks act on all token positions of every forward pass, prefill and cached decod
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -29,7 +30,8 @@ def steer(model: PreTrainedModel, interventions: Iterable[Intervention]) -> Iter
 
     Works with ``model(...)``, ``model.generate(...)`` and pipelines built on ``model``. Order: forward order of the
     sites, then the order given. ``writes`` and ``writers`` act on the base model's own writes, never on what another
-    intervention adds.
+    intervention adds. ``resid_pre.0`` is the stream that enters layer 0: given ``inputs_embeds`` it is steered here,
+    while a baked embedding table is not asked. What torch.compile has seen is compiled anew inside and after the block.
 
     Raises:
         UnknownArchitecture: no file in architectures/ claims the model's type.
@@ -38,9 +40,17 @@ def steer(model: PreTrainedModel, interventions: Iterable[Intervention]) -> Iter
     config = model.config.to_dict()
     architecture = architectures.for_config(config)
     with ExitStack() as stack:
+        _forget_compiled()
+        stack.callback(_forget_compiled)
         for handle in _hooks(model, architecture, config, in_forward_order(interventions)):
             stack.callback(handle.remove)
         yield model
+
+
+def _forget_compiled() -> None:
+    """Code that torch.compile made before does not look at hooks that came later, or at hooks that are gone."""
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 @dataclass
@@ -55,7 +65,7 @@ def _hooks(
     model: PreTrainedModel, architecture: Architecture, config: dict[str, Any], interventions: list[Intervention]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     layers = architectures.layer_count(architecture, config)
-    width = int(config[architecture.width])
+    width = architectures.width(architecture, config)
     todo: dict[str, _Module] = {}
 
     def at(path: str, layer: int | None = None) -> _Module:

@@ -44,6 +44,7 @@ class Report:
 
     folder: str
     base: str
+    plan_sha256: str  # of the plan that was compared: a report belongs to the folder with this plan in its manifest
     passed: bool
     checks: tuple[Check, ...]
     effect: Gap  # base to hooked
@@ -114,9 +115,9 @@ def validate(
         advance(3, 3)
     checks += comparison.checks()
     return Report(
-        str(folder), str(base_folder), all(check.passed for check in checks), tuple(checks), comparison.effect.gap(),
-        comparison.legs(), comparison.floor_kl(), tuple(comparison.described(one) for one in plan.interventions),
-        len(rows), sum(map(len, rows)),
+        str(folder), str(base_folder), plan.sha256, all(check.passed for check in checks), tuple(checks),
+        comparison.effect.gap(), comparison.legs(), comparison.floor_kl(),
+        tuple(comparison.described(one) for one in plan.interventions), len(rows), sum(map(len, rows)),
     )  # fmt: skip
 
 
@@ -129,12 +130,22 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
     except CheckpointError as error:
         yield Check("files", False, None, None, str(error))
         return
+    planned = {**base.config, **plan.config_changes}
     wrong = [
-        f"config.json has {key}={found.config.get(key)!r}, planned {value!r}"
-        for key, value in plan.config_changes.items()
-        if found.config.get(key) != value
+        f"config.json has {key}={found.config.get(key)!r}, planned {planned.get(key)!r}"
+        for key in sorted({*planned, *found.config})
+        if found.config.get(key) != planned.get(key)
     ]
-    yield Check("config", not wrong, None, None, "; ".join(wrong) or "as planned")
+    yield Check("config", not wrong, None, None, "; ".join(wrong[:4]) or "the base's own and as planned")
+
+    edited = {edit.tensor for edit in plan.edits}
+    wrong = [f"{name} is in neither base nor plan" for name in sorted({*found.tensors} - {*base.tensors} - edited)]
+    wrong += [
+        f"{name} is not the base's"
+        for name in base.tensors
+        if name not in edited and not _same_bytes(base, found, name)
+    ]
+    yield Check("untouched tensors", not wrong, None, None, "; ".join(wrong[:4]) or "the bytes of the base")
 
     wrong, worst = [], 0.0
     for edit in plan.edits:
@@ -146,6 +157,16 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
         "tensors", not wrong, worst, COEFFICIENT_TOLERANCE,
         "; ".join(wrong[:4]) + more or f"{len(plan.edits)} as planned, fitted coefficients within {worst:.1e}",
     )  # fmt: skip
+
+
+def _same_bytes(base: Checkpoint, found: Checkpoint, name: str) -> bool:
+    old, new = base.tensors[name], found.tensors.get(name)
+    if new is None or (new.dtype, new.shape) != (old.dtype, old.shape):
+        return False
+    if new.start == old.start and (found.folder / new.file).samefile(base.folder / old.file):
+        return True
+    before, after = (one.read(name).reshape(-1).view(torch.uint8) for one in (base, found))
+    return torch.equal(before, after)
 
 
 def _tensor_problem(edit: Edit, base: Checkpoint, found: Checkpoint) -> tuple[str | None, float]:
@@ -167,7 +188,11 @@ def _tensor_problem(edit: Edit, base: Checkpoint, found: Checkpoint) -> tuple[st
         off = 0.0 if same else _misfit(stored.float(), before, planned)
         return (None if same else f"{edit.tensor} is not as planned ({_fit_text(off)})"), off
     off = _misfit(stored.float(), before, planned)
-    return (f"{edit.tensor}: {_fit_text(off)}" if abs(off) > COEFFICIENT_TOLERANCE else None), abs(off)
+    if abs(off) > COEFFICIENT_TOLERANCE:
+        return f"{edit.tensor}: {_fit_text(off)}", abs(off)
+    # A fitted coefficient does not see what was added across the planned change; the bits do.
+    same = found.tensors[edit.tensor].dtype == edit.dtype and torch.equal(stored, recompute(base, edit))
+    return (None if same else f"{edit.tensor} carries the planned change and something else"), abs(off)
 
 
 def _misfit(stored: Tensor, before: Tensor, planned: Tensor) -> float:
@@ -211,9 +236,14 @@ def _run_worker(
     whole = {**job, "candidates": listed, "out": str(scratch), "along": str(scratch / "along.safetensors")}
     (scratch / "job.json").write_text(json.dumps(whole))
     command = [sys.executable, reload_worker.__file__, str(scratch / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=scratch)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, stdin=subprocess.DEVNULL)
     if "No space left on device" in done.stderr:
         raise CheckpointError(f"the disk of {scratch.parent} is full; point TMPDIR to one with room for the logits")
+    if done.returncode < 0 or "out of memory" in done.stderr.lower():
+        raise CheckpointError(
+            f"the process that reloads the model was stopped (exit status {done.returncode}), probably for lack of "
+            "memory; nothing was found about the model itself. Free memory, or validate on fewer and shorter prompts"
+        )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return {name: [f"plain transformers cannot load or run it: {reason}"] for name in candidates}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from steer_bake import card, direction, pipeline
+from steer_bake import card, direction, manifest, pipeline
 from steer_bake.errors import CheckpointError, RecipeError
 from steer_bake.evaluate import compare
 from steer_bake.interventions import intervene
@@ -45,6 +45,22 @@ def evaluation(*, fallen: int = 0, judge: str = "phrases", **changes: Any) -> di
     } | changes  # fmt: skip
 
 
+def render(
+    folder: Path, report: dict[str, Any], measured: dict[str, Any] | None = None, template: Path | None = None
+) -> str:
+    """The card with figures that were made for what the folder holds."""
+    plan = {"plan_sha256": manifest.read(folder).content["plan_sha256"]}
+    return card.render(folder, plan | report, None if measured is None else plan | measured, template)
+
+
+def test_figures_of_another_plan_are_refused(baked: Path) -> None:
+    other = {"plan_sha256": "0" * 64}
+    with pytest.raises(RecipeError, match="another plan"):
+        render(baked, REPORT | other, evaluation())
+    with pytest.raises(RecipeError, match="another plan"):
+        render(baked, REPORT, evaluation() | other)
+
+
 def tables(text: str) -> list[list[list[str]]]:
     """Every Markdown table as rows of cells; escaped pipes are no separators."""
     found: list[list[list[str]]] = [[]]
@@ -57,14 +73,14 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def test_the_metadata_is_what_the_hub_reads(baked: Path) -> None:
-    data = ModelCard(card.render(baked, REPORT, evaluation())).data.to_dict()
+    data = ModelCard(render(baked, REPORT, evaluation())).data.to_dict()
     assert data["library_name"] == "transformers"
     assert data["pipeline_tag"] == "text-generation"
     assert {"steer-bake", "activation-steering"} <= set(data["tags"])
 
 
 def test_every_table_has_a_head_and_rows_of_its_width(baked: Path) -> None:
-    found = tables(card.render(baked, REPORT, evaluation()))
+    found = tables(render(baked, REPORT, evaluation()))
     assert len(found) == 3
     for head, rule, *rows in found:
         assert set(rule) == {"---"}
@@ -73,7 +89,7 @@ def test_every_table_has_a_head_and_rows_of_its_width(baked: Path) -> None:
 
 
 def test_both_safety_numbers_have_intervals(baked: Path) -> None:
-    text = card.render(baked, REPORT, evaluation())
+    text = render(baked, REPORT, evaluation())
     rows = {row[0]: row for table in tables(text) for row in table}
     for name in ("safety/harmful (20)", "safety/harmless (20)"):
         assert all(re.search(r"\[.+, .+\]", cell) for cell in rows[name][2:5])
@@ -82,7 +98,7 @@ def test_both_safety_numbers_have_intervals(baked: Path) -> None:
 
 
 def test_the_card_has_doses_certificate_recipe_and_loading_code(baked: Path) -> None:
-    text = card.render(baked, REPORT, evaluation())
+    text = render(baked, REPORT, evaluation())
     cells = [cell for table in tables(text) for row in table for cell in row]
     assert "0.51" in cells
     assert "pass: KL(hooks \\|\\| file) 1e-5" in cells
@@ -92,7 +108,7 @@ def test_the_card_has_doses_certificate_recipe_and_loading_code(baked: Path) -> 
 @pytest.mark.parametrize(("fallen", "warned", "tagged"), [(0, None, False), (1, "in this measurement", False),
                                                           (15, "It is not for all audiences", True)])  # fmt: skip
 def test_a_fall_of_harmful_refusals_is_said(baked: Path, fallen: int, warned: str | None, tagged: bool) -> None:
-    text = card.render(baked, REPORT, evaluation(fallen=fallen))
+    text = render(baked, REPORT, evaluation(fallen=fallen))
     assert ("refuses fewer" in text or "refused fewer" in text) == (warned is not None)
     assert warned is None or warned in text
     assert ("not-for-all-audiences" in ModelCard(text).data.to_dict()["tags"]) == tagged
@@ -100,14 +116,14 @@ def test_a_fall_of_harmful_refusals_is_said(baked: Path, fallen: int, warned: st
 
 def test_unmeasured_refusals_are_said(baked: Path) -> None:
     declined = evaluation(safety=[], safety_measured=False)
-    assert "Refusals were not measured" in card.render(baked, REPORT, declined)
-    assert "Refusals were not measured" in card.render(baked, REPORT, None)
-    assert "Refusals were not measured" not in card.render(baked, REPORT, evaluation())
+    assert "Refusals were not measured" in render(baked, REPORT, declined)
+    assert "Refusals were not measured" in render(baked, REPORT, None)
+    assert "Refusals were not measured" not in render(baked, REPORT, evaluation())
 
 
 def test_a_failed_check_is_not_hidden(baked: Path) -> None:
     failed = {"name": "effect", "passed": False, "value": 0.0, "limit": 1e-3, "detail": "changes nothing"}
-    text = card.render(baked, REPORT | {"passed": False, "checks": [failed]}, evaluation())
+    text = render(baked, REPORT | {"passed": False, "checks": [failed]}, evaluation())
     assert "**FAIL**: changes nothing" in text
     assert "Not every check passed" in text
 
@@ -115,8 +131,8 @@ def test_a_failed_check_is_not_hidden(baked: Path) -> None:
 def test_what_a_model_answers_cannot_break_the_card(baked: Path) -> None:
     wild = "a | b\n# Title\n<script>\x1b[31m **bold** `code` ``` " + "x" * 500
     examples = [{"prompt": "p|q", "base": wild, "baked": wild}]
-    text = card.render(baked, REPORT, evaluation(examples=examples))
-    plain = card.render(baked, REPORT, evaluation())
+    text = render(baked, REPORT, evaluation(examples=examples))
+    plain = render(baked, REPORT, evaluation())
     assert len(tables(text)) == len(tables(plain))
     assert "<script>" not in text.replace(r"\<script\>", "")
     assert "\x1b" not in text
@@ -126,18 +142,18 @@ def test_what_a_model_answers_cannot_break_the_card(baked: Path) -> None:
 def test_a_template_of_ones_own_is_used_and_its_mistakes_are_told(baked: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine.md"
     mine.write_text("{{ title }} by me")
-    assert card.render(baked, REPORT, None, mine).endswith(", steered by me")
+    assert render(baked, REPORT, None, mine).endswith(", steered by me")
     mine.write_text("{{ tilte }}")
     with pytest.raises(RecipeError, match="tilte"):
-        card.render(baked, REPORT, None, mine)
+        render(baked, REPORT, None, mine)
     with pytest.raises(RecipeError, match="does not work"):
-        card.render(baked, REPORT, None, tmp_path / "none.md")
+        render(baked, REPORT, None, tmp_path / "none.md")
 
 
 def test_files_that_are_something_else_are_refused(baked: Path, llama: Path) -> None:
     with pytest.raises(RecipeError, match=r"report .* has no 'checks'"):
-        card.render(baked, {}, None)
+        render(baked, {}, None)
     with pytest.raises(RecipeError, match=r"evaluation .* has no"):
-        card.render(baked, REPORT, {"x": 1})
+        render(baked, REPORT, {"x": 1})
     with pytest.raises(CheckpointError, match=r"holds no steering\.json"):
-        card.render(llama, REPORT, None)
+        render(llama, REPORT, None)

@@ -515,3 +515,29 @@ def test_a_disk_that_is_full_is_one_sentence_and_leaves_nothing(llama: Path, vec
     done = subprocess.run([*script, *commands], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("failed") >= 6
+
+
+def test_extract_never_replaces_what_is_no_direction_file(llama: Path, tmp_path: Path) -> None:
+    base = jobs.copy(llama, tmp_path / "base")
+    before = tree(base)
+    recipe = jobs.write_recipe(tmp_path, base)
+    refused("extract", recipe, "-o", base / "model.safetensors", because="no direction file of ours")
+    assert tree(base) == before
+    ok("extract", recipe, "-o", tmp_path / "v.safetensors")
+    ok("extract", recipe, "-o", tmp_path / "v.safetensors")  # its own it may
+
+
+def test_answers_to_the_packaged_harmful_requests_are_not_shown(llama: Path, tmp_path: Path) -> None:
+    vector = jobs.write_directions(tmp_path / "v.safetensors")
+    ok("bake", llama, "--vector", vector, "--sites", "resid_post.1", "-o", tmp_path / "out")
+    refused("compare", tmp_path / "out", "--prompts", "safety/harmful", because="are not shown")
+
+
+def test_a_plan_of_a_recipe_is_not_that_of_an_older_direction(llama: Path, tmp_path: Path) -> None:
+    recipe, folder = jobs.write_recipe(tmp_path, llama), tmp_path / "run"
+    ok("run", recipe, "-o", folder)
+    current = ok("plan", recipe, "--run-folder", folder, "--json").stdout
+    swapped = {"name": "mean_difference", "positive": "cheerful", "negative": "gloomy"}
+    jobs.write_recipe(tmp_path, llama, estimator=swapped)
+    assert ok("plan", recipe, "--run-folder", folder, "--json").stdout != current
+    refused("plan", recipe, "--coefficient", "9", because="leave out the options")

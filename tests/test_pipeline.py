@@ -22,6 +22,7 @@ from steer_bake.errors import CheckpointError, NotFoldable, RecipeError, SteerBa
 from steer_bake.interventions import intervene
 from steer_bake.job import Job
 from steer_bake.models import load_model
+from steer_bake.prompts import PACKAGED
 from steer_bake.sites import Site
 from steer_bake.steering import steer
 
@@ -133,8 +134,12 @@ def test_answers_to_safety_prompts_are_stored_nowhere(measured: tuple[pipeline.O
             assert not [one for one in long if one.encode() in content or json.dumps(one)[1:-1].encode() in content]
 
 
-def test_answers_to_the_packaged_safety_sets_are_not_kept_under_another_name_either(home: Path, llama: Path) -> None:
-    sets = {"train": "train.jsonl", "mine": {"path": "safety/harmful", "limit": 2}}
+@pytest.mark.parametrize("path", ["safety/harmful", "./safety/harmful", "copied.jsonl"])
+def test_answers_to_the_packaged_harmful_requests_are_not_kept_whatever_they_are_called(
+    home: Path, llama: Path, path: str
+) -> None:
+    shutil.copyfile(PACKAGED / "safety" / "harmful.jsonl", home / "copied.jsonl")
+    sets = {"train": "train.jsonl", "mine": {"path": path, "limit": 2}}
     recipe = jobs.write_recipe(home, llama, prompts=sets, evaluate={"sets": ["mine"]})
     (asked,) = Job(recipe, home / "unused")._questions
     assert not asked.keep_answers
@@ -177,6 +182,17 @@ def test_a_file_that_was_lost_is_made_again(home: Path, again: Path, llama: Path
     assert rerun(home, again, llama) == ["card"]
     shutil.rmtree(again / "model")
     assert rerun(home, again, llama) == ["bake", "validate", "card"]
+    (again / "model" / "steering.json").unlink()
+    assert rerun(home, again, llama) == ["bake", "validate", "card"]
+
+
+def test_another_chat_template_of_the_base_makes_everything_stale(llama: Path, tmp_path: Path) -> None:
+    base = jobs.copy(llama, tmp_path / "base")
+    recipe, run = jobs.write_recipe(tmp_path, base), tmp_path / "run"
+    keys = [Job(recipe, run).extract_key, Job(recipe, run).evaluate_key()]
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert not set(keys) & {Job(recipe, run).extract_key, Job(recipe, run).evaluate_key()}
 
 
 def test_a_model_that_was_tampered_with_loses_its_certificate(home: Path, again: Path, llama: Path) -> None:
@@ -240,6 +256,7 @@ def test_a_model_that_fails_its_certificate_is_not_left_behind(llama: Path, tmp_
     with pytest.raises(ValidationFailed, match=r"effect.*report\.json"):
         pipeline.run(jobs.write_recipe(tmp_path, llama, **changes), tmp_path / "run")
     assert not (tmp_path / "run" / "model").exists()
+    assert (tmp_path / "run" / "model.rejected" / "config.json").exists()  # set aside, not destroyed
     assert json.loads((tmp_path / "run" / "report.json").read_text())["passed"] is False
 
 

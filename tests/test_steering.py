@@ -194,3 +194,21 @@ def test_a_model_of_an_unknown_type_is_refused(model: PreTrainedModel) -> None:
 def test_a_shift_at_every_write_is_refused(point: str) -> None:
     with pytest.raises(RecipeError, match=r"resid_post|with a layer"):
         add(Site(point))
+
+
+@torch.no_grad()
+def test_a_model_that_was_compiled_before_is_steered_and_restored(llama: Path) -> None:
+    model = load_model(llama, dtype="float32")
+    ids = torch.tensor([ROWS[0]])
+    compiled = torch.compile(model, backend="eager")
+    plain = compiled(input_ids=ids).logits
+    with steer(model, [add(Site("resid_post", 1))]):
+        steered = compiled(input_ids=ids).logits
+        assert torch.allclose(steered, model(input_ids=ids).logits, atol=1e-4)
+    assert not torch.allclose(steered, plain, atol=1e-2)
+    assert torch.allclose(compiled(input_ids=ids).logits, plain, atol=1e-5)
+
+
+def test_an_infinite_vector_is_refused() -> None:
+    with pytest.raises(RecipeError, match="infinity"):
+        add(Site("resid_post", 1), 1e39)

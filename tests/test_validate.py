@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steer_bake.checkpoint import Checkpoint
+from steer_bake.comparison import Distance
 from steer_bake.errors import ValidationFailed
 from steer_bake.interventions import Intervention
+from steer_bake.reload_worker import load_strict
 from steer_bake.validate import Report, validate
 
 from . import tiny
@@ -49,7 +51,7 @@ def test_what_was_baked_passes_every_leg(good: dict[str, Path], llama: Path, tie
     names = {check.name for check in report.checks}
     leg = "constants" if kind == "constant" else "rank_one"
     assert {f"function, {leg} (float32)", "function, storage dtype", "tensors", "config", "effect"} <= names
-    assert ("stream (reloaded file)" in names) == (kind == "combined")
+    assert ("stream (reloaded, float32)" in names) == (kind == "combined")
     assert report.effect.kl > 1e-3
     assert all(one["dose"] > 0 for one in report.interventions if str(one["site"]).startswith("resid"))
     json.dumps(report.as_json())
@@ -84,6 +86,7 @@ def _change(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], hol
 
 BIAS, OTHER = "model.layers.1.mlp.down_proj.bias", "model.layers.2.mlp.down_proj.bias"
 SIBLING = "model.layers.3.mlp.gate_proj.bias"
+QUERY = "model.layers.0.self_attn.q_proj.weight"
 UNTOUCHED = "model.norm.weight"
 MATRIX, TABLE = "model.layers.2.mlp.down_proj.weight", "model.embed_tokens.weight"
 
@@ -139,6 +142,45 @@ def weight_is_nan(folder: Path, _base: Path) -> None:
     _change(folder, plant, UNTOUCHED)
 
 
+def _change_config(folder: Path, **changes: object) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**content, **changes}))
+
+
+def token_poisoned(folder: Path, _base: Path) -> None:
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[TABLE][255] += 5  # a token that no prompt of ours holds
+
+    _change(folder, plant, TABLE)
+
+
+def context_shortened(folder: Path, _base: Path) -> None:
+    _change_config(folder, max_position_embeddings=64)
+
+
+def end_token_changed(folder: Path, _base: Path) -> None:
+    _change_config(folder, eos_token_id=7)
+
+
+def remote_code_added(folder: Path, _base: Path) -> None:
+    _change_config(folder, auto_map={"AutoModelForCausalLM": "evil.Model"})
+
+
+def another_matrix_scaled(folder: Path, _base: Path) -> None:
+    _change(folder, lambda tensors: tensors.update({QUERY: (1.02 * tensors[QUERY].float()).bfloat16()}), QUERY)
+
+
+def noise_across_the_change(folder: Path, base: Path) -> None:
+    def plant(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[MATRIX][3, 4] += 0.01
+
+    _change(folder, plant, MATRIX)
+
+
+def foreign_tensor_added(folder: Path, _base: Path) -> None:
+    _change(folder, lambda tensors: tensors.update({"model.extra": torch.ones(2)}), MATRIX)
+
+
 def shard_truncated(folder: Path, _base: Path) -> None:
     path = folder / Checkpoint.open(folder).tensors[BIAS].file
     data = path.read_bytes()
@@ -157,6 +199,17 @@ MUTATIONS: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
     "embedding left unedited": ("combined", embedding_left_unedited, f"{TABLE}: it carries 0"),
     "ablation 1 % short": ("combined", ablation_one_percent_short, f"{MATRIX}: it carries 0.9"),
     "NaN in a weight that the plan leaves alone": ("constant", weight_is_nan, "max gap nan"),
+    "row of an unseen token poisoned": ("constant", token_poisoned, f"{TABLE} is not the base's"),
+    "context shortened": ("constant", context_shortened, "max_position_embeddings=64"),
+    "end token changed": ("constant", end_token_changed, "eos_token_id=7"),
+    "remote code added": ("constant", remote_code_added, "auto_map"),
+    "a matrix outside the plan scaled": ("combined", another_matrix_scaled, f"{QUERY} is not the base's"),
+    "noise across the planned change": (
+        "combined",
+        noise_across_the_change,
+        f"{MATRIX} carries the planned change and",
+    ),
+    "foreign tensor added": ("combined", foreign_tensor_added, "model.extra is in neither"),
     "shard truncated": ("constant", shard_truncated, "model-00002-of-00002.safetensors"),
 }
 
@@ -178,6 +231,22 @@ def test_the_certificate_fails_and_says_where(
     if mutation in ("bias of the wrong layer", "sign flipped", "coefficient off by 1 %"):
         # It loads without a complaint; the function itself must be found wrong too, not only the tensor.
         assert not {check.name: check for check in report.checks}["function, constants (float32)"].passed
+
+
+@pytest.mark.parametrize("batches", [("nan", "finite"), ("finite", "nan")])
+def test_nan_in_any_batch_is_never_a_small_gap(batches: tuple[str, str]) -> None:
+    distance, finite = Distance(), torch.randn(3, 7)
+    for kind in batches:
+        distance.update(finite, finite if kind == "finite" else torch.full((3, 7), float("nan")))
+    assert not distance.gap().max_over_std <= 1.0
+
+
+def test_pickled_weights_are_not_read(llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(llama, tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_strict(str(folder), "float32")
 
 
 def test_a_recipe_that_changes_nothing_fails(llama: Path, tmp_path: Path) -> None:

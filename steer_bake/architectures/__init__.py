@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from .. import registry
-from ..errors import UnknownArchitecture
+from ..errors import CheckpointError, UnknownArchitecture
 
 
 def unscaled(config: Mapping[str, Any]) -> float:
@@ -53,7 +53,22 @@ class Architecture:
 
 
 def layer_count(architecture: Architecture, config: Mapping[str, Any]) -> int:
-    return int(config[architecture.layer_count])
+    """How many decoder layers ``config`` says there are (raises CheckpointError where it does not say)."""
+    return _number(config, architecture.layer_count)
+
+
+def width(architecture: Architecture, config: Mapping[str, Any]) -> int:
+    """How many components the residual stream has (raises as :func:`layer_count` does)."""
+    return _number(config, architecture.width)
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"config.json has {key}={value!r}, where a positive number is needed; is the file complete?"
+        )
+    return value
 
 
 def for_config(config: Mapping[str, Any]) -> Architecture:

@@ -29,6 +29,9 @@ class Intervention:
     direction: Direction | None = None  # where the vector came from, for manifests and cards
 
     def __post_init__(self) -> None:
+        parts = (self.affine.left, self.affine.right, self.affine.shift)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise RecipeError(f"{self.name} at {self.site} holds NaN or infinity; use a smaller coefficient")
         if self.site.point == "writers" and self.affine.has_shift:
             raise RecipeError(
                 f"{self.name} at 'writers' would add its shift once per write; use a site with a layer, or 'writes' "
