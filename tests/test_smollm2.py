@@ -15,17 +15,19 @@ from steer_bake.judges.sentiment import sentiment
 ROOT = Path(__file__).parent.parent
 # What a user of the baked folder types, in a Python to which steer_bake is not importable.
 PLAIN = """
-import sys
+import json, sys
 sys.modules["steer_bake"] = None
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, info = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto", output_loading_info=True)
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"], info
-chat = [{"role": "user", "content": "Tell me about frogs."}]
-ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-out = model.generate(**ids, max_new_tokens=48, do_sample=False, repetition_penalty=1.1)
-print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))
+answers = []
+for question in json.loads(sys.argv[2]):
+    chat = [{"role": "user", "content": question}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    out = model.generate(**ids, max_new_tokens=48, do_sample=False, repetition_penalty=1.1)
+    answers.append(tokenizer.decode(out[0, ids["input_ids"].shape[1]:], skip_special_tokens=True))
+print(json.dumps(answers))
 """
 
 
@@ -56,9 +58,12 @@ def test_the_quickstart_steers_a_model_that_plain_transformers_loads(tmp_path: P
     assert behaviour["low"] > 0.2  # the lower end of the 95 % interval of the gain in gloomy answers
     assert {row["prompt_set"] for row in outcome["evaluation"]["safety"]} == {"safety/harmful", "safety/harmless"}
 
-    plain = python("-c", PLAIN, str(tmp_path / "run" / "model"))
+    rows = (ROOT / "recipes/prompts/mood/test.jsonl").read_text().splitlines()[:16]
+    questions = json.dumps([json.loads(row)["text"] for row in rows])
+    plain = python("-c", PLAIN, str(tmp_path / "run" / "model"), questions)
     assert plain.returncode == 0, plain.stderr
-    assert sentiment([plain.stdout]) == ["negative"]
+    # The base gives no negative answer to any of the 40 held-out questions, the baked model about every second one.
+    assert sentiment(json.loads(plain.stdout)).count("negative") >= 4
 
     again = python("-m", "steer_bake", "run", "recipes/quickstart.yaml", "-o", str(tmp_path / "run"), "--json")
     assert not any(json.loads(again.stdout)["ran"].values())
