@@ -20,7 +20,6 @@ from .prompts import Prompt, check_length, encode
 from .recipe import Prompts, Recipe
 from .stages import Progress, silent
 
-SAFETY = "safety/"  # packaged prompt sets below this name
 SAFETY_SETS = ("safety/harmful", "safety/harmless")
 SAFETY_TOKENS = 24  # a refusal shows in the opening words
 EXAMPLES = 4  # of each set, for the card

@@ -125,8 +125,10 @@ def _direction(name: str, tensor: Tensor, known: dict[str, object] | None, path:
 
 
 def _site(name: str) -> Site | None:
-    point, _, layer = name.partition(".")
-    return Site(point, int(layer)) if layer.isdigit() else None
+    try:
+        return Site.named(name)
+    except ValueError:  # somebody else's name for a bare vector
+        return None
 
 
 def orthogonal_to(vector: Tensor, others: Iterable[Tensor]) -> Tensor:

@@ -75,7 +75,7 @@ def answers(
         check_length(encoded, context, max_new_tokens)
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
     found: dict[int, str] = {}
-    pad_id = _pad_id(tokenizer)
+    pad_id = int(tokenizer.pad_token_id)  # load_tokenizer sees to it that there is one
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
         ids, mask = pad([encoded[index].ids for index in chosen], pad_id)
@@ -89,13 +89,6 @@ def answers(
         if progress:
             progress(len(found), len(encoded))
     return [found[index] for index in range(len(encoded))]
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
-    return 0
 
 
 def compare(prompt_set: str, label: str, base: Sequence[str], baked: Sequence[str]) -> Comparison:

@@ -127,9 +127,8 @@ def _intervention(index: int, described: Mapping[str, Any], tensors: Mapping[str
     shift = tensors[f"{index}.shift"]
     none = torch.zeros(len(shift), 0)
     affine = Affine(tensors.get(f"{index}.left", none), tensors.get(f"{index}.right", none), shift)
-    point, _, layer = described["site"].partition(".")
     return Intervention(
-        Site(point, int(layer) if layer else None),
+        Site.named(described["site"]),
         affine,
         described["name"],
         described["amount"],
@@ -141,6 +140,6 @@ def _intervention(index: int, described: Mapping[str, Any], tensors: Mapping[str
 def _direction(described: Mapping[str, Any] | None, vector: torch.Tensor | None) -> Direction | None:
     if described is None or vector is None:
         return None
-    point, _, layer = (described["site"] or "").partition(".")
+    site = Site.named(described["site"]) if described["site"] else None
     known = {key: value for key, value in described.items() if key not in ("site", "sha256")}
-    return Direction(vector, Site(point, int(layer)) if layer else None, **known)
+    return Direction(vector, site, **known)

@@ -27,6 +27,16 @@ class Site:
     def __str__(self) -> str:
         return self.point if self.layer is None else f"{self.point}.{self.layer}"
 
+    @classmethod
+    def named(cls, name: str) -> Site:
+        """The site that ``str(site)`` gave ``name``; raises ValueError where no site is called so."""
+        point, _, layer = name.partition(".")
+        if point in GLOBAL_POINTS and not layer:
+            return cls(point)
+        if point in LAYER_POINTS and layer.isdecimal():
+            return cls(point, int(layer))
+        raise ValueError(f"no site is called {name!r}")
+
     @property
     def order(self) -> tuple[int, int]:
         """Sort key: forward order. ``writes`` and ``writers`` come first: they act on each base write as it happens."""

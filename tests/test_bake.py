@@ -251,6 +251,14 @@ def test_a_manifest_whose_vectors_were_exchanged_is_refused(llama: Path, tmp_pat
         manifest.read(out)
 
 
+def test_a_manifest_that_names_no_site_is_refused(llama: Path, tmp_path: Path) -> None:
+    out = baked(llama, tmp_path / "out", [add("resid_post.1")])
+    text = (out / manifest.JSON_FILE).read_text()
+    (out / manifest.JSON_FILE).write_text(text.replace('"resid_post.1"', '"foo.1"'))
+    with pytest.raises(CheckpointError, match=r"damaged.*foo\.1"):
+        manifest.read(out)
+
+
 def test_baking_a_baked_folder_is_refused_unless_stacked(llama: Path, tmp_path: Path) -> None:
     first = baked(llama, tmp_path / "first", [add("resid_post.1")])
     with pytest.raises(CheckpointError, match="--stack"):

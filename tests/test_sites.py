@@ -26,6 +26,7 @@ def test_sites_are_read(text: str | list[str], layers: list[int]) -> None:
 @pytest.mark.parametrize("text", ["writes", "writers", "resid_mid.3", "attn_out.0"])
 def test_a_site_is_written_as_it_is_read(text: str) -> None:
     assert str(parse_site(text, 12)) == text
+    assert Site.named(text) == parse_site(text, 12)
 
 
 @pytest.mark.parametrize(
