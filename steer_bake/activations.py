@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .architectures import Architecture, submodule
+from .architectures import Layout, submodule
 from .errors import ExtractionError, RecipeError
 from .estimators import Statistics
 from .prompts import Encoded
@@ -33,7 +33,7 @@ _DEEPEST = 32
 
 def collect(
     model: Any,
-    architecture: Architecture,
+    layout: Layout,
     encoded: Sequence[Encoded],
     labels: Sequence[str],
     sites: Sequence[Site],
@@ -67,7 +67,7 @@ def collect(
         tokens_per_batch = _TOKENS_ON_CPU if model.device.type == "cpu" else _TOKENS_ELSEWHERE
     sums = _Sums(labels, rows)
     done = 0
-    with _evaluating(model), _Reader(model, architecture, sites) as reader, torch.inference_mode():
+    with _evaluating(model), _Reader(model, layout, sites) as reader, torch.inference_mode():
         for group in _groups(encoded) if _can_share(model) else [_Group(0, tuple(range(len(encoded))))]:
             prefix = _Prefix.run(reader, [encoded[index] for index in group.members], group.length)
             for batch in _batches(encoded, group, tokens_per_batch):
@@ -148,9 +148,9 @@ class _Stop(Exception):
 class _Reader:
     """Hooks at the sites, and a forward that runs no further than the last of them."""
 
-    def __init__(self, model: Any, architecture: Architecture, sites: Sequence[Site]):
+    def __init__(self, model: Any, layout: Layout, sites: Sequence[Site]):
         self._model = model
-        self._architecture = architecture
+        self._layout = layout
         self._sites = list(dict.fromkeys(sites))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._seen: dict[Site, _Read] = {}
@@ -189,17 +189,12 @@ class _Reader:
         )
 
     def _hook(self, site: Site) -> torch.utils.hooks.RemovableHandle:
-        architecture, config = self._architecture, self._model.config.to_dict()
-        writers = {"attn_out": architecture.attention, "mlp_out": architecture.mlp}
-        inputs = {"resid_pre": architecture.layer, "resid_mid": architecture.mid_norm}
         if site.layer is None:
             raise RecipeError(
                 f"activations are read at one place, and {str(site)!r} is many; name layers, like resid_post.14"
             )
-        path = inputs.get(site.point) or (writers[site.point].module if site.point in writers else architecture.layer)
-        module = submodule(self._model, path.format(layer=site.layer))
-        scale = writers[site.point].scale(config) if site.point in writers else 1.0
-        if site.point in inputs:
+        module, scale = self._place(site, site.layer)
+        if site.point in ("resid_pre", "resid_mid"):
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self._see(site, args[0] if args else kwargs["hidden_states"], scale)
@@ -210,6 +205,21 @@ class _Reader:
             self._see(site, output[0] if isinstance(output, tuple) else output, scale)
 
         return module.register_forward_hook(after)
+
+    def _place(self, site: Site, layer: int) -> tuple[nn.Module, float]:
+        """The module to hook, and what its output is multiplied by on the way to the stream."""
+        layout, whole = self._layout, submodule(self._model, self._layout.layer(layer))
+        if site.point in ("resid_pre", "resid_post"):
+            return whole, 1.0
+        if site.point == "resid_mid":
+            if not layout.architecture.middle:
+                raise RecipeError(f"{site} cannot be read in a {layout.model_type} model: no module takes it as input")
+            return whole.get_submodule(layout.architecture.middle), 1.0
+        blocks = layout.modules(self._model, "attention" if site.point == "attn_out" else "mlp", layer)
+        if len(blocks) != 1:
+            raise RecipeError(f"{site} cannot be read: layer {layer} has {len(blocks)} blocks that write there")
+        block, module = blocks[0]
+        return module, block.scale(layout.text)
 
     def _see(self, site: Site, hidden: Tensor, scale: float) -> None:
         self._seen[site] = self._keep(hidden if scale == 1.0 else hidden * scale)

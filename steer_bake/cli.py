@@ -425,7 +425,7 @@ def _request(
     directions = direction.load(vector)
     with progress("fetching the model") as advance:
         base = Checkpoint.open(resolve(model, progress=advance).folder)
-    layers = architectures.layer_count(architectures.for_config(base.config), base.config)
+    layers = architectures.layout(base.config).layers
     wanted = None if from_site is None else parse_site(from_site, layers)
     return base, [
         intervene(name, choose_direction(directions, site, wanted), site, coefficient, units)

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import architectures, reload_worker
+from . import reload_worker
 from .activations import collect
 from .affine import Affine, compose
-from .architectures import Architecture
+from .architectures import Layout
 from .checkpoint import Checkpoint, recompute
 from .errors import CheckpointError
 from .interventions import Intervention
@@ -112,7 +112,7 @@ class Comparison:
 
     base: Checkpoint
     plan: Plan
-    architecture: Architecture
+    layout: Layout
     job: dict[str, Any]
     along: Tensor
     scratch: Path
@@ -136,7 +136,7 @@ class Comparison:
 
     def _float32(self, model: PreTrainedModel) -> None:
         hooks = list(self.plan.interventions)
-        stored = [*hooks, *_rounding(self.base, self.plan, self.architecture)] if self.plan.is_constant else hooks
+        stored = [*hooks, *_rounding(self.base, self.plan)] if self.plan.is_constant else hooks
         pad_id = self.job["pad_id"]
         for index, rows in enumerate(self.job["batches"]):
             plain = reload_worker.logits(model, rows, pad_id)
@@ -176,7 +176,7 @@ class Comparison:
         ends = [Encoded(tuple(row), len(row) - 1, len(row)) for batch in self.job["batches"] for row in batch]
         if sites:
             ordered = sorted(sites, key=lambda site: site.order)
-            found = collect(model, self.architecture, ends, ["all"] * len(ends), ordered)
+            found = collect(model, self.layout, ends, ["all"] * len(ends), ordered)
             self.norms = {site: statistics["all"].norm for site, statistics in found.items()}
 
     def described(self, intervention: Intervention) -> Mapping[str, Any]:
@@ -227,28 +227,24 @@ class Comparison:
         )  # fmt: skip
 
 
-def _rounding(base: Checkpoint, plan: Plan, architecture: Architecture) -> Iterator[Intervention]:
-    """What rounding each bias to its storage dtype adds to the stream: at most a unit in the last place."""
+def _rounding(base: Checkpoint, plan: Plan) -> Iterator[Intervention]:
+    """What rounding each constant to its storage dtype adds to the stream: at most a unit in the last place."""
     edits = {edit.tensor: edit for edit in plan.edits}
-    for layer in range(architectures.layer_count(architecture, base.config)):
-        for point, write in (("attn_out", architecture.attention), ("mlp_out", architecture.mlp)):
-            edit = edits.get((write.bias or "").format(layer=layer))
-            if edit is None:
-                continue
-            exact = edit.affine(base.read(edit.source).float() if edit.source else torch.zeros(edit.shape))
-            off = recompute(base, edit).float() - exact
-            shift = replace(Affine.identity(len(off)), shift=off * write.scale(base.config))
-            yield Intervention(Site(point, layer), shift, name="rounding")
+    for constant in plan.constants:
+        edit = edits[constant.tensor]
+        exact = edit.affine(base.read(edit.source).float() if edit.source else torch.zeros(edit.shape))
+        off = (recompute(base, edit).float() - exact).reshape(-1, edit.shape[-1])[0]  # experts all hold the same
+        shift = replace(Affine.identity(len(off)), shift=off * constant.scale)
+        yield Intervention(constant.site, shift, name="rounding")
 
 
-def stream_probes(plan: Plan, architecture: Architecture, base: Checkpoint) -> tuple[Tensor, list[dict[str, Any]]]:
+def stream_probes(plan: Plan, layout: Layout) -> tuple[Tensor, list[dict[str, Any]]]:
     """What ablation and clamp at ``writes`` promise of the stream itself, at every residual site.
 
     The components that the writes can no longer produce, [d, m], and per site what they must be: only what the plan's
     own shifts have put there so far.
     """
-    width = architectures.width(architecture, base.config)
-    at_writes = compose((one.affine for one in plan.interventions if one.site.point == "writes"), width)
+    at_writes = compose((one.affine for one in plan.interventions if one.site.point == "writes"), layout.width)
     along = at_writes.fixed_functionals()
     elsewhere = [one for one in plan.interventions if one.site.point != "writes"]
     if along.shape[1] == 0 or any(one.affine.is_linear for one in elsewhere):
@@ -260,11 +256,13 @@ def stream_probes(plan: Plan, architecture: Architecture, base: Checkpoint) -> t
         return [float(value) for value in along.double().T @ total.double()]
 
     probes = []
-    layers = architectures.layer_count(architecture, base.config)
-    for layer in range(layers):
-        module, middle = architecture.layer.format(layer=layer), architecture.mid_norm.format(layer=layer)
+    middle = layout.architecture.middle
+    for layer in range(layout.layers):
+        module = layout.layer(layer)
         probes.append({"module": module, "side": "input", "expected": expected("resid_pre", layer)})
-        probes.append({"module": middle, "side": "input", "expected": expected("resid_mid", layer)})
-    last = architecture.layer.format(layer=layers - 1)
-    probes.append({"module": last, "side": "output", "expected": expected("resid_post", layers - 1)})
+        if middle:
+            inside = f"{module}.{middle}"
+            probes.append({"module": inside, "side": "input", "expected": expected("resid_mid", layer)})
+    last = layout.layers - 1
+    probes.append({"module": layout.layer(last), "side": "output", "expected": expected("resid_post", last)})
     return along, probes

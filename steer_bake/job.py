@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from . import architectures, baked, behaviour, card, direction, manifest, registry
 from . import recipe as recipes
 from .activations import collect
-from .architectures import Architecture
+from .architectures import Layout
 from .behaviour import Question
 from .checkpoint import Checkpoint
 from .direction import Direction
@@ -58,8 +58,8 @@ class Job:
             named = str(beside) if beside.is_dir() else self.recipe.model
             self.ref: ModelRef = resolve(named, progress=advance)
         self.base = Checkpoint.open(self.ref.folder)
-        self.architecture: Architecture = architectures.for_config(self.base.config)
-        self.layers = architectures.layer_count(self.architecture, self.base.config)
+        self.layout: Layout = architectures.layout(self.base.config)
+        self.layers = self.layout.layers
 
     def check(self) -> Plan:
         """Read everything that the stages will read, but the weights, so that what is wrong is said before long work.
@@ -157,7 +157,7 @@ class Job:
         model = load_model(self.ref.folder, dtype=self.dtype, device=self.device)
         with self.progress("reading activations") as advance:
             found = collect(
-                model, self.architecture, encoded, labels, sites, rows=self._needs_rows, progress=advance
+                model, self.layout, encoded, labels, sites, rows=self._needs_rows, progress=advance
             )  # fmt: skip
         return [self._direction(site, found[site]) for site in sites]
 
@@ -244,7 +244,7 @@ class Job:
         """:meth:`plan` before extraction: the right tensors, decisions and refusals; made-up vectors where needed."""
         if not self.recipe.estimator:
             return self.plan()
-        vector = torch.zeros(architectures.width(self.architecture, self.base.config))
+        vector = torch.zeros(self.layout.width)
         vector[0] = 1.0
         stand_ins = [Direction(vector, site, stream_norm=1.0) for site in self.read_sites()]
         return make_plan(self.base, self.interventions(stand_ins))

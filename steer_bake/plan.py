@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from . import architectures, registry
 from .affine import Affine, compose
-from .architectures import Write
+from .architectures import SLOTS
 from .checkpoint import Checkpoint, Edit
-from .errors import NotFoldable, RecipeError
+from .errors import CheckpointError, NotFoldable, RecipeError
 from .interventions import Intervention, in_forward_order
-from .representations import Base, Holding, Piece
+from .representations import Base, Constant, Holding, Piece
+from .sites import Site
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class Plan:
     decisions: tuple[Decision, ...]
     edits: tuple[Edit, ...]  # one per tensor
     config_changes: Mapping[str, Any]
+    constants: tuple[Constant, ...] = ()  # the tensors whose rounding is a constant of the stream
 
     @property
     def is_constant(self) -> bool:
-        """True where only biases are written: the file then holds the hooks' constants, rounded, and nothing else."""
-        return all(len(edit.shape) == 1 for edit in self.edits)
+        """True where no matrix of the base is edited: the file then holds the hooks' constants, rounded, only."""
+        return all(edit.source is None or len(edit.shape) == 1 for edit in self.edits)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values, for ``plan.json`` and for comparing two plans."""
@@ -95,37 +97,57 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention]) -> Plan:
         RecipeError: a vector's width or a layer that does not fit the model, or no intervention at all.
         UnknownArchitecture: no file in architectures/ claims the model type.
     """
-    architecture = architectures.for_config(base.config)
-    view = Base(base, architecture)
+    view = Base(base, architectures.layout(base.config))
     ordered = in_forward_order(interventions)
     if not ordered:
         raise RecipeError("there is no intervention to bake")
-
-    reaching: dict[tuple[str, int | None], list[tuple[Intervention, Affine]]] = {}
+    reaching: dict[_Where, list[tuple[Intervention, Affine]]] = {}
     for intervention in ordered:
         _check_fits(intervention, view)
-        for write, layer, affine in _placed(intervention, view.layers):
+        for where, affine in _placed(intervention, view):
             if not affine.is_identity:
-                reaching.setdefault((write, layer), []).append((intervention, affine))
+                reaching.setdefault(where, []).append((intervention, affine))
 
     edits: dict[str, Edit] = {}
     config_changes: dict[str, Any] = {}
+    constants: list[Constant] = []
     decisions = []
-    for (write, layer), found in reaching.items():
+    for where, found in reaching.items():
         because = tuple(f"{one.name} at {one.site}" for one, _ in found)
-        for piece in _pieces(getattr(architecture, write), layer, [affine for _, affine in found], view):
+        affine = compose((affine for _, affine in found), view.layout.width)
+        for piece in _pieces(where, affine, view):
             name, holding = _held(piece, view)
-            decisions.append(Decision(write if layer is None else f"{write}.{layer}", piece.part, name, because))
+            decisions.append(Decision(str(where), piece.part, name, because))
             config_changes.update(holding.config_changes)
+            constants += holding.constants
             for edit in holding.edits:
-                if edit.tensor not in edits or not _is_zeros(edit):
-                    edits[edit.tensor] = edit
-    return Plan(str(base.config["model_type"]), tuple(ordered), tuple(decisions), tuple(edits.values()), config_changes)
+                before = edits.get(edit.tensor)
+                edits[edit.tensor] = edit if before is None else replace(edit, affine=before.affine.then(edit.affine))
+    return Plan(
+        str(base.config["model_type"]), tuple(ordered), tuple(decisions), tuple(edits.values()), config_changes,
+        tuple(constants),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Where:
+    """A write of the base model: a slot of a layer, or the embedding."""
+
+    slot: str = "embedding"
+    layer: int | None = None
+
+    def __str__(self) -> str:
+        return self.slot if self.layer is None else f"{self.slot}.{self.layer}"
+
+    def site(self, parallel: bool) -> Site:
+        """Where in the stream a shift of this write arrives."""
+        if self.layer is None:
+            return Site("resid_pre", 0)
+        return Site("resid_mid" if self.slot == "attention" and not parallel else "resid_post", self.layer)
 
 
 def _check_fits(intervention: Intervention, base: Base) -> None:
-    width = architectures.width(base.architecture, base.config)
-    layer = intervention.site.layer
+    width, layer = base.layout.width, intervention.site.layer
     if intervention.affine.width != width:
         raise RecipeError(
             f"the vector of {intervention.name} at {intervention.site} has {intervention.affine.width} components; "
@@ -135,20 +157,20 @@ def _check_fits(intervention: Intervention, base: Base) -> None:
         raise RecipeError(f"site {intervention.site}: this model has layers 0 to {base.layers - 1}")
 
 
-def _placed(intervention: Intervention, layers: int) -> list[tuple[str, int | None, Affine]]:
-    """Which writes an intervention reaches, as (field of Architecture, layer, affine)."""
+def _placed(intervention: Intervention, base: Base) -> list[tuple[_Where, Affine]]:
+    """Which writes an intervention reaches."""
     site, affine = intervention.site, intervention.affine
     if site.layer is None:
-        everywhere: list[tuple[str, int | None, Affine]] = [
-            (write, layer, affine.without_shift()) for layer in range(layers) for write in ("attention", "mlp")
-        ]
-        return [("embedding", None, affine), *everywhere] if site.point == "writes" else everywhere
-    if site.point == "attn_out":
-        return [("attention", site.layer, affine)]
-    if site.point == "mlp_out":
-        return [("mlp", site.layer, affine)]
+        linear = affine.without_shift()
+        everywhere = [(where, linear) for layer in range(base.layers) for where in _writes(layer, base)]
+        return [(_Where(), affine), *everywhere] if site.point == "writes" else everywhere
+    if site.point in ("attn_out", "mlp_out"):
+        slot = "attention" if site.point == "attn_out" else "mlp"
+        if not base.writers(slot, site.layer):
+            raise NotFoldable(f"{site}: layer {site.layer} of this model has no {slot} write")
+        return [(_Where(slot, site.layer), affine)]
     if site.point == "resid_pre" and site.layer == 0:
-        return [("embedding", None, affine)]
+        return [(_Where(), affine)]
     if affine.is_linear:
         raise NotFoldable(
             f"{intervention.name} at {site}: a projection of the stream in the middle of the model is no edit of any "
@@ -156,19 +178,39 @@ def _placed(intervention: Intervention, layers: int) -> list[tuple[str, int | No
             f"'attn_out.{site.layer}', 'mlp_out.{site.layer}', 'resid_pre.0'"
         )
     if site.point == "resid_mid":
-        return [("attention", site.layer, affine)]
-    return [("mlp", site.layer if site.point == "resid_post" else site.layer - 1, affine)]
+        if base.layout.parallel or len(_writes(site.layer, base)) < 2:
+            raise NotFoldable(
+                f"{site}: a layer of this model has no middle, for nothing is read between its writes; "
+                f"'resid_post.{site.layer}' works"
+            )
+        return [(_Where("attention", site.layer), affine)]
+    layer = site.layer if site.point == "resid_post" else site.layer - 1
+    return [(_writes(layer, base)[-1], affine)]
 
 
-def _pieces(write: Write, layer: int | None, affines: list[Affine], base: Base) -> list[Piece]:
-    affine = compose(affines, affines[0].width).divided_by(write.scale(base.config))
-    if layer is None:
-        return [Piece("embedding", write, None, affine)]
+def _writes(layer: int, base: Base) -> list[_Where]:
+    found = [_Where(slot, layer) for slot in SLOTS if base.writers(slot, layer)]
+    if not found:
+        raise CheckpointError(
+            f"layer {layer} of the checkpoint has no tensor that architectures/ says a {base.layout.model_type} layer "
+            "writes to the stream with; is it complete?"
+        )
+    return found
+
+
+def _pieces(where: _Where, affine: Affine, base: Base) -> list[Piece]:
+    site = where.site(base.layout.parallel)
+    if where.layer is None:
+        return [Piece("embedding", affine, site=site)]
     pieces = []
     if affine.is_linear:
-        pieces.append(Piece("weight", write, layer, affine))
-    if affine.has_shift or (write.bias and base.has(write.bias.format(layer=layer))):
-        pieces.append(Piece("bias", write, layer, affine))
+        for writer in base.writers(where.slot, where.layer):
+            pieces.append(Piece("weight", affine, (where.slot,), where.layer, writer))
+            if writer.bias is not None:
+                pieces.append(Piece("bias", affine, (where.slot,), where.layer, writer))
+    if affine.has_shift:
+        others = [slot for slot in SLOTS if slot != where.slot] if base.layout.parallel else []
+        pieces.append(Piece("shift", affine.without_linear(), (where.slot, *others), where.layer, site=site))
     return pieces
 
 
@@ -182,11 +224,8 @@ def _held(piece: Piece, base: Base) -> tuple[str, Holding]:
             continue
         if holding is not None:
             return name, holding
-    raise NotFoldable("; ".join(reasons) or f"no representation holds the {piece.part} of {piece.write.tensor}")
-
-
-def _is_zeros(edit: Edit) -> bool:
-    return edit.source is None and not edit.affine.has_shift
+    works = "; ablation at 'writes' or 'writers' works, and so does 'resid_pre.0'" if piece.part == "shift" else ""
+    raise NotFoldable(("; ".join(reasons) or f"no representation holds the {piece.part} at {piece.site}") + works)
 
 
 def _change(edit: Edit) -> str:

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from . import architectures
 from .affine import Affine
-from .architectures import Architecture, Write, submodule
-from .errors import RecipeError
+from .architectures import SLOTS, Layout, submodule
+from .errors import RecipeError, UnknownArchitecture
 from .interventions import Intervention, in_forward_order
 
 Apply = Callable[[Tensor], Tensor]
@@ -37,12 +37,11 @@ def steer(model: PreTrainedModel, interventions: Iterable[Intervention]) -> Iter
         UnknownArchitecture: no file in architectures/ claims the model's type.
         RecipeError: a vector's width or a layer does not fit the model.
     """
-    config = model.config.to_dict()
-    architecture = architectures.for_config(config)
+    layout = architectures.layout(model.config)
     with ExitStack() as stack:
         _forget_compiled()
         stack.callback(_forget_compiled)
-        for handle in _hooks(model, architecture, config, in_forward_order(interventions)):
+        for handle in _hooks(model, layout, in_forward_order(interventions)):
             stack.callback(handle.remove)
         yield model
 
@@ -62,53 +61,70 @@ class _Module:
 
 
 def _hooks(
-    model: PreTrainedModel, architecture: Architecture, config: dict[str, Any], interventions: list[Intervention]
+    model: PreTrainedModel, layout: Layout, interventions: list[Intervention]
 ) -> list[torch.utils.hooks.RemovableHandle]:
-    layers = architectures.layer_count(architecture, config)
-    width = architectures.width(architecture, config)
-    todo: dict[str, _Module] = {}
+    todo: dict[nn.Module, _Module] = {}
 
-    def at(path: str, layer: int | None = None) -> _Module:
-        return todo.setdefault(path if layer is None else path.format(layer=layer), _Module())
+    def at(module: nn.Module) -> _Module:
+        return todo.setdefault(module, _Module())
 
-    def on_write(write: Write, layer: int | None, affine: Affine) -> None:
-        at(write.module, layer).on_output.append(_apply(affine.divided_by(write.scale(config))))
+    def on_write(slot: str, layer: int, affine: Affine) -> None:
+        """All blocks of a slot write: a projection acts on each of them, a shift is added once."""
+        for block, module in layout.modules(model, slot, layer):
+            at(module).on_output.append(_apply(affine.divided_by(block.scale(layout.text))))
+            affine = affine.without_shift()
 
     for intervention in interventions:
         point, layer, affine = intervention.site.point, intervention.site.layer, intervention.affine
-        if affine.width != width:
-            raise RecipeError(f"the vector of {intervention.name} has {affine.width} components; the model has {width}")
-        if layer is not None and not 0 <= layer < layers:
-            raise RecipeError(f"site {intervention.site}: this model has layers 0 to {layers - 1}")
+        if affine.width != layout.width:
+            raise RecipeError(
+                f"the vector of {intervention.name} has {affine.width} components; the model has {layout.width}"
+            )
         if layer is None:
             if point == "writes":
-                on_write(architecture.embedding, None, affine)
-            for each in range(layers):
-                on_write(architecture.attention, each, affine.without_shift())
-                on_write(architecture.mlp, each, affine.without_shift())
-        elif point == "resid_pre":
-            at(architecture.layer, layer).on_input.append(_apply(affine))
-        elif point == "attn_out":
-            on_write(architecture.attention, layer, affine)
-        elif point == "resid_mid" and not affine.is_linear:
-            # The middle of the stream is no module's output; adding to the attention's write moves it equally.
-            on_write(architecture.attention, layer, affine)
-        elif point == "resid_mid":
-            _hook_mid(at(architecture.layer, layer), at(architecture.attention.module, layer), affine)
-        elif point == "mlp_out":
-            on_write(architecture.mlp, layer, affine)
-        else:
-            at(architecture.layer, layer).on_output.append(_apply(affine))
+                at(submodule(model, layout.layer(0))).on_input.append(_apply(affine))
+            for each in range(layout.layers):
+                for slot in _written(model, layout, each):
+                    on_write(slot, each, affine.without_shift())
+            continue
+        if not 0 <= layer < layout.layers:
+            raise RecipeError(f"site {intervention.site}: this model has layers 0 to {layout.layers - 1}")
+        written, whole = _written(model, layout, layer), at(submodule(model, layout.layer(layer)))
+        wanted = {"attn_out": "attention", "resid_mid": "attention", "mlp_out": "mlp"}.get(point)
+        if wanted and (wanted not in written or (point == "resid_mid" and (layout.parallel or len(written) < 2))):
+            raise RecipeError(f"there is no {intervention.site} in this model: its layer has no such write or middle")
+        if point == "resid_pre":
+            whole.on_input.append(_apply(affine))
+        elif point == "resid_post":
+            whole.on_output.append(_apply(affine))
+        elif point == "resid_mid" and affine.is_linear:
+            _hook_mid(whole, at(layout.modules(model, "attention", layer)[-1][1]), affine)
+        else:  # the middle of the stream is no module's output; adding to the attention's write moves it equally
+            on_write(str(wanted), layer, affine)
 
     # Before every other hook, so that output_hidden_states and other readers see the steered stream.
     handles = []
-    for path, module in todo.items():
-        target = submodule(model, path)
+    for target, module in todo.items():
         if module.on_input:
             handles.append(target.register_forward_pre_hook(_pre_hook(module.on_input), with_kwargs=True, prepend=True))
         if module.on_output:
             handles.append(target.register_forward_hook(_hook(module.on_output), prepend=True))
     return handles
+
+
+def _written(model: PreTrainedModel, layout: Layout, layer: int) -> list[str]:
+    """The slots that a layer writes in.
+
+    Raises:
+        UnknownArchitecture: in none, so far as architectures/ knows.
+    """
+    found = [slot for slot in SLOTS if layout.modules(model, slot, layer)]
+    if not found:
+        raise UnknownArchitecture(
+            f"layer {layer} of this {layout.model_type} model has none of the modules that architectures/ says write "
+            "to the stream"
+        )
+    return found
 
 
 def _apply(affine: Affine) -> Apply:

@@ -87,7 +87,7 @@ def validate(
     advance = progress or (lambda _done, _total: None)
     base = Checkpoint.open(base_folder)
     plan = make_plan(base, interventions)
-    architecture = architectures.for_config(base.config)
+    layout = architectures.layout(base.config)
     job = {
         "batches": [list(map(list, rows[at : at + batch_size])) for at in range(0, len(rows), batch_size)],
         "decode": list(map(list, rows[:decode_prompts])),
@@ -96,7 +96,7 @@ def validate(
         "device": device,
         "threads": torch.get_num_threads(),
     }
-    along, job["probes"] = stream_probes(plan, architecture, base)
+    along, job["probes"] = stream_probes(plan, layout)
 
     checks = [*_structure(folder, base, plan)]
     with tempfile.TemporaryDirectory(prefix="steer-bake-validate-") as name:
@@ -110,7 +110,7 @@ def validate(
         ]
         advance(2, 3)
         loaded = frozenset(name for name, found in problems.items() if not found)
-        comparison = Comparison(base, plan, architecture, job, along, scratch, loaded)
+        comparison = Comparison(base, plan, layout, job, along, scratch, loaded)
         comparison.run()
         advance(3, 3)
     checks += comparison.checks()

@@ -23,8 +23,8 @@ SITES = [Site(point, layer) for point in LAYER_POINTS for layer in range(tiny.LA
 CLOSE = 1e-5
 
 
-def architecture(model: Any) -> architectures.Architecture:
-    return architectures.for_config(model.config.to_dict())
+def layout(model: Any) -> architectures.Layout:
+    return architectures.layout(model.config)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -73,7 +73,7 @@ def same(left: torch.Tensor, right: torch.Tensor, tolerance: float = CLOSE) -> b
 @pytest.mark.parametrize("position", ["last", -5, 3, "mean", "instruction"])
 def test_collect_equals_one_plain_forward_per_prompt(model: Any, position: str | int) -> None:
     encoded, labels = prompts(position)
-    found = collect(model, architecture(model), encoded, labels, SITES, rows=True, tokens_per_batch=150)
+    found = collect(model, layout(model), encoded, labels, SITES, rows=True, tokens_per_batch=150)
     for site in SITES:
         streams = [naive(model, one, site) for one in encoded]
         for label in ("gloomy", "cheerful"):
@@ -93,27 +93,27 @@ def test_result_does_not_depend_on_batches_order_or_sharing(
     model: Any, position: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded, labels = prompts(position)
-    plain = collect(model, architecture(model), encoded, labels, SITES)
+    plain = collect(model, layout(model), encoded, labels, SITES)
     for tokens in (1, 100, 10_000):
-        other = collect(model, architecture(model), encoded, labels, SITES, tokens_per_batch=tokens)
+        other = collect(model, layout(model), encoded, labels, SITES, tokens_per_batch=tokens)
         assert all(same(other[site][label].mean, plain[site][label].mean) for site in SITES for label in plain[site])
     shuffled = random.Random(0).sample(range(len(encoded)), len(encoded))
-    other = collect(model, architecture(model), [encoded[i] for i in shuffled], [labels[i] for i in shuffled], SITES)
+    other = collect(model, layout(model), [encoded[i] for i in shuffled], [labels[i] for i in shuffled], SITES)
     assert all(same(other[site][label].mean, plain[site][label].mean) for site in SITES for label in plain[site])
     monkeypatch.setattr(activations, "_can_share", lambda model: False)
-    other = collect(model, architecture(model), encoded, labels, SITES)
+    other = collect(model, layout(model), encoded, labels, SITES)
     assert all(same(other[site][label].mean, plain[site][label].mean) for site in SITES for label in plain[site])
 
 
 def test_rows_are_in_prompt_order_and_only_there_when_asked_for(model: Any) -> None:
     encoded, labels = prompts()
     site = Site("resid_post", 1)
-    found = collect(model, architecture(model), encoded, labels, [site], rows=True)[site]
+    found = collect(model, layout(model), encoded, labels, [site], rows=True)[site]
     for label in found:
         mine = [one for one, of in zip(encoded, labels, strict=True) if of == label]
         for row, one in zip(found[label].rows, mine, strict=True):  # type: ignore[arg-type]
             assert same(row, naive(model, one, site)[0])
-    assert collect(model, architecture(model), encoded, labels, [site])[site]["gloomy"].rows is None
+    assert collect(model, layout(model), encoded, labels, [site])[site]["gloomy"].rows is None
 
 
 class Forwards:
@@ -132,7 +132,7 @@ def test_forward_stops_after_the_deepest_site(model: Any) -> None:
     encoded, labels = prompts()
     layers, head = [Forwards(layer) for layer in model.model.layers], Forwards(model.lm_head)
     mlp = Forwards(model.model.layers[2].mlp)
-    collect(model, architecture(model), encoded, labels, [Site("resid_mid", 2), Site("resid_post", 0)])
+    collect(model, layout(model), encoded, labels, [Site("resid_mid", 2), Site("resid_post", 0)])
     for counter in (*layers, head, mlp):
         counter.handle.remove()
     assert [counter.calls > 0 for counter in layers] == [True, True, True, False]
@@ -143,7 +143,7 @@ def test_forward_stops_after_the_deepest_site(model: Any) -> None:
 def test_head_is_never_run(model: Any) -> None:
     encoded, labels = prompts()
     head, norm = Forwards(model.lm_head), Forwards(model.model.norm)
-    collect(model, architecture(model), encoded, labels, [Site("resid_post", tiny.LAYERS - 1)])
+    collect(model, layout(model), encoded, labels, [Site("resid_post", tiny.LAYERS - 1)])
     head.handle.remove()
     norm.handle.remove()
     assert head.calls == norm.calls == 0
@@ -154,7 +154,7 @@ def test_shared_beginning_is_computed_once_per_label(model: Any) -> None:
     encoded, labels = prompts()
     encoded, labels = encoded * 4, labels * 4
     counter = Forwards(model.model.layers[0])
-    collect(model, architecture(model), encoded, labels, [Site("resid_post", 0)], tokens_per_batch=1)
+    collect(model, layout(model), encoded, labels, [Site("resid_post", 0)], tokens_per_batch=1)
     counter.handle.remove()
     shared = {}
     for label in ("gloomy", "cheerful"):
@@ -196,7 +196,7 @@ def test_nan_is_named_by_its_first_site_and_its_prompt_and_leaves_no_hook(llama:
         model.model.embed_tokens.weight[token] = float("nan")
     sites = [Site("resid_post", 3), Site("resid_pre", 0), Site("attn_out", 1)]
     with pytest.raises(ExtractionError, match=r"NaN or infinity at attn_out\.1 for the prompt 'Tell me about the sea"):
-        collect(model, architecture(model), encoded, labels, sites)
+        collect(model, layout(model), encoded, labels, sites)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -209,7 +209,7 @@ def test_hooks_are_removed_and_mode_restored_when_the_forward_fails(llama: Path)
 
     encoded, labels = prompts()
     with pytest.raises(KeyboardInterrupt):
-        collect(model, architecture(model), encoded, labels, SITES, progress=fail)
+        collect(model, layout(model), encoded, labels, SITES, progress=fail)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert model.training
     assert model.model.layers[0].training
@@ -232,7 +232,7 @@ def test_progress_counts_up_to_all_prompts(model: Any) -> None:
     seen: list[tuple[int, int]] = []
     collect(
         model,
-        architecture(model),
+        layout(model),
         encoded,
         labels,
         SITES[:1],
@@ -246,12 +246,12 @@ def test_bfloat16_model_is_summed_in_float32(llama: Path) -> None:
     model = load(llama, torch.bfloat16)
     encoded, labels = prompts()
     site = Site("resid_post", 2)
-    found = collect(model, architecture(model), encoded, labels, [site], rows=True)[site]["gloomy"]
+    found = collect(model, layout(model), encoded, labels, [site], rows=True)[site]["gloomy"]
     assert found.mean.dtype == torch.float32
     assert found.rows is not None
     assert found.rows.dtype == torch.float32
     assert same(found.mean, found.rows.mean(0), 1e-6)
-    exact = collect(load(llama), architecture(model), encoded, labels, [site])[site]["gloomy"]
+    exact = collect(load(llama), layout(model), encoded, labels, [site])[site]["gloomy"]
     assert same(found.mean, exact.mean, 2e-2)
 
 
@@ -280,7 +280,7 @@ def test_shared_beginning_is_right_for_sliding_windows_and_every_attention(atten
     for model in made:
         tiny.randomise(model, 3).eval()
         assert activations._groups(encoded)[0].length >= 40
-        found = collect(model, architecture(model), encoded, ["x"] * len(encoded), [Site("resid_post", 3)], rows=True)
+        found = collect(model, layout(model), encoded, ["x"] * len(encoded), [Site("resid_post", 3)], rows=True)
         rows = found[Site("resid_post", 3)]["x"].rows
         assert rows is not None
         for row, one in zip(rows, encoded, strict=True):
@@ -295,6 +295,6 @@ def test_shared_beginning_is_right_for_sliding_windows_and_every_attention(atten
 def test_many_sites_at_once_are_refused_with_a_sentence(model: Any) -> None:
     encoded, labels = prompts()
     with pytest.raises(RecipeError, match="'writes' is many"):
-        collect(model, architecture(model), encoded, labels, [Site("writes")])
+        collect(model, layout(model), encoded, labels, [Site("writes")])
     with pytest.raises(RecipeError, match="no prompts"):
-        collect(model, architecture(model), [], [], SITES)
+        collect(model, layout(model), [], [], SITES)

@@ -19,6 +19,7 @@ LAYERS = (
         "models",
         "prompts",
         "rounding",
+        "skeleton",
         "stages",
     ),
     ("architectures", "interventions", "estimators", "judges"),

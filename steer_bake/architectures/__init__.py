@@ -2,102 +2,226 @@
 
 Two columns that share nothing: *modules* (what a hook attaches to) and *tensors* (what a bake edits). A mistake in
 either one makes hook and bake disagree, and the certificate fails.
+
+A block lists every writer that some variant has; a layer has those whose module, or whose tensor, is there. That is how
+one layout serves dense and sparse, attention and state-space layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from .. import registry
 from ..errors import CheckpointError, UnknownArchitecture
 
+#: The two places of a layer where the stream is written, in forward order.
+SLOTS = ("attention", "mlp")
 
-def unscaled(config: Mapping[str, Any]) -> float:
+Scale = Callable[[Any], float]
+
+NORMED = "a norm stands between the writers and the stream"
+
+
+def unscaled(config: Any) -> float:
     """Most writers add their output as it is."""
     return 1.0
 
 
+def sequential(config: Any) -> bool:
+    """Most layers add the attention's write before the MLP reads."""
+    return False
+
+
 @dataclass(frozen=True)
-class Write:
-    """One writer of the residual stream. ``{layer}`` in a name stands for the layer number."""
+class Weight:
+    """A tensor on disk that writes to the stream; ``*`` in its name stands for the number of an expert."""
+
+    name: str  # below the layer (of an embedding: in full)
+    axis: int = 0  # the residual axis: 0 for a Linear [d, in], 1 for an embedding [vocab, d] or a Conv1D [in, d]
+    bias: str = ""  # its bias, [d] or [experts, d]; by default the name with "bias" for "weight"
+    whole: bool = True  # its bias reaches the stream once, unweighted; not so behind a gate or a router
+    scale: Scale = unscaled  # the stream gets this times what the tensor writes
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "bias", self.bias or self.name.removesuffix("weight").rstrip("_") + "bias")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A sublayer that writes to the stream. Names are those below its layer; of the embedding, full ones."""
 
     # Hook column
-    module: str  # its output (or the first item of it) is what is added to the stream
+    module: str  # its output (or the first item of it) is added to the stream
     # Bake column
-    tensor: str  # weight whose ``axis`` is the residual axis
-    axis: int  # 0 for a Linear [d, in], 1 for an embedding [vocab, d] or a Conv1D [in, d]
-    bias: str | None = None  # the writer's bias tensor, whether or not the checkpoint has it now
-    unlock: str | None = None  # the config flag that makes the class create that bias
-    siblings: tuple[str, ...] = ()  # weights whose biases the same flag creates: they must be written, as zeros
-    scale: Callable[[Mapping[str, Any]], float] = unscaled  # stream write = scale x module output's tensors
+    weights: tuple[Weight, ...]
+    unlock: tuple[str, ...] = ()  # config flags of which one may make the class create the missing bias
+    rigid: str = ""  # why no linear part folds into the weights; empty where it does
+    # Hook column again
+    scale: Scale = unscaled  # the stream gets this times the module's output
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family's layout: where the stream is written (``embedding``, ``attention``, ``mlp``) and read."""
+    """A family's layout. Functions of the config take the family's own config object."""
 
     model_types: tuple[str, ...]
-    embedding: Write
-    attention: Write
-    mlp: Write
-    # Hook column: the modules whose inputs and outputs are the stream itself
-    layer: str  # input: resid_pre, output: resid_post
-    mid_norm: str  # input: resid_mid
+    embedding: Block
+    attention: tuple[Block, ...]  # of a layer: those that are there
+    mlp: tuple[Block, ...]
+    stack: str = "model.layers"  # the list of decoder layers
+    middle: str = ""  # the module of a layer whose input is resid_mid; empty where none is
+    parallel: Callable[[Any], bool] = sequential
     head: str = "lm_head.weight"  # the tensor that untying creates
-    layer_count: str = "num_hidden_layers"
-    width: str = "hidden_size"
+
+    def blocks(self, slot: str) -> tuple[Block, ...]:
+        return self.attention if slot == "attention" else self.mlp
 
 
-def layer_count(architecture: Architecture, config: Mapping[str, Any]) -> int:
-    """How many decoder layers ``config`` says there are (raises CheckpointError where it does not say)."""
-    return _number(config, architecture.layer_count)
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """An architecture bound to one model's config."""
+
+    architecture: Architecture
+    parsed: PretrainedConfig  # the whole config as its class reads it
+    path: tuple[str, ...] = ()  # the keys under which the decoder's own config lies
+
+    @property
+    def text(self) -> Any:
+        """The decoder's own config object."""
+        found: Any = self.parsed
+        for key in self.path:
+            found = getattr(found, key)
+        return found
+
+    @property
+    def model_type(self) -> str:
+        return str(self.text.model_type)
+
+    @cached_property
+    def layers(self) -> int:
+        """How many decoder layers there are."""
+        return self._number("num_hidden_layers")
+
+    @cached_property
+    def width(self) -> int:
+        """How many components the residual stream has."""
+        return self._number("hidden_size")
+
+    @property
+    def parallel(self) -> bool:
+        """True where attention and MLP read the same stream: there is no resid_mid then."""
+        return self.architecture.parallel(self.text)
+
+    def layer(self, number: int) -> str:
+        """The path of a decoder layer."""
+        return f"{self.architecture.stack}.{number}"
+
+    def key(self, attribute: str) -> str:
+        """How config.json spells ``attribute`` of the decoder's config."""
+        return str(self.text.attribute_map.get(attribute, attribute))
+
+    def change(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """``values`` of the decoder's config as changes of config.json."""
+        found: dict[str, Any] = {self.key(name): value for name, value in values.items()}
+        for key in reversed(self.path):
+            found = {key: found}
+        return found
+
+    def untied(self) -> dict[str, Any]:
+        """The changes of config.json that give the head a table of its own; a wrapper and its decoder both say so."""
+        return {"tie_word_embeddings": False, **(self.change({"tie_word_embeddings": False}) if self.path else {})}
+
+    def modules(self, model: nn.Module, slot: str, layer: int) -> list[tuple[Block, nn.Module]]:
+        """The blocks of a slot that a layer of ``model`` has, each with the module to hook."""
+        parent = submodule(model, self.layer(layer))
+        found = []
+        for block in self.architecture.blocks(slot):
+            try:
+                found.append((block, parent.get_submodule(block.module)))
+            except AttributeError:
+                continue
+        return found
+
+    def _number(self, attribute: str) -> int:
+        value = getattr(self.text, attribute, None)
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(
+                f"config.json has {self.key(attribute)}={value!r}, where a positive number is needed; "
+                "is the file complete?"
+            )
+        return value
 
 
-def width(architecture: Architecture, config: Mapping[str, Any]) -> int:
-    """How many components the residual stream has (raises as :func:`layer_count` does)."""
-    return _number(config, architecture.width)
+def layout(config: Mapping[str, Any] | PretrainedConfig) -> Layout:
+    """The layout of the model with this config (as read from config.json, or a model's own).
 
-
-def _number(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or value < 1:
-        raise CheckpointError(
-            f"config.json has {key}={value!r}, where a positive number is needed; is the file complete?"
-        )
-    return value
-
-
-def for_config(config: Mapping[str, Any]) -> Architecture:
-    """The architecture that claims ``config["model_type"]`` (``config`` as read from config.json).
+    A decoder inside a multimodal model is found under its ``text_config``.
 
     Raises:
-        UnknownArchitecture: no file claims it; the message lists the types that are known.
+        UnknownArchitecture: no file claims the type; the message lists the types that are known.
+        CheckpointError: the config's own class cannot read it.
     """
-    model_type = config.get("model_type")
-    known: dict[str, Architecture] = {}
-    for variants in registry.load_all("architectures").values():
-        for architecture in variants:
-            known.update(dict.fromkeys(architecture.model_types, architecture))
-    if model_type not in known:
+    parsed = config if isinstance(config, PretrainedConfig) else parse(config)
+    known = claimed()
+    found, path = parsed, tuple[str, ...]()
+    if parsed.model_type not in known:
+        for name in ("text_config", "decoder"):
+            inner = getattr(parsed, name, None)
+            if isinstance(inner, PretrainedConfig) and inner.model_type in known:
+                found, path = inner, (name,)
+    if found.model_type not in known:
         raise UnknownArchitecture(
-            f"model type {model_type!r} is not described in architectures/; known: {', '.join(sorted(known))}. "
+            f"model type {parsed.model_type!r} is not described in architectures/; known: {', '.join(sorted(known))}. "
             "Add a file there, or choose a model of a known type"
         )
-    return known[str(model_type)]
+    return Layout(known[found.model_type], parsed, path)
+
+
+def claimed() -> dict[str, Architecture]:
+    """Every described model type and its architecture."""
+    return {
+        model_type: architecture
+        for variants in registry.load_all("architectures").values()
+        for architecture in variants
+        for model_type in architecture.model_types
+    }
+
+
+def parse(config: Mapping[str, Any]) -> PretrainedConfig:
+    """The config object that transformers makes of a ``config.json``.
+
+    Raises:
+        UnknownArchitecture: this transformers has no class for its model type.
+        CheckpointError: the class rejects its content.
+    """
+    model_type = str(config.get("model_type"))
+    if model_type not in CONFIG_MAPPING:
+        raise UnknownArchitecture(
+            f"model type {model_type!r} is none that the installed transformers knows; update transformers, or check "
+            "model_type in config.json"
+        )
+    try:
+        parsed: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(config))
+    except Exception as error:  # every config class validates in its own way
+        raise CheckpointError(f"config.json is not a {model_type} config: {error}; download it again") from error
+    return parsed
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """The module at ``path`` (``"model.layers.3.mlp"``), also inside a wrapper such as PEFT's, or of a bare decoder.
+    """The module at ``path`` (``"model.layers.3"``), also inside a wrapper such as PEFT's, or of a bare decoder.
 
     Raises:
         UnknownArchitecture: the model has no such module.
     """
-    bare = path.partition(".")[2]
-    for candidate in (path, f"base_model.model.{path}", f"module.{path}", bare):
+    root, _, bare = path.partition(".")
+    inside = f"{root}.language_model.{bare}"
+    for candidate in (path, f"base_model.model.{path}", f"module.{path}", bare, inside, f"language_model.{path}"):
         try:
             return model.get_submodule(candidate)
         except AttributeError:

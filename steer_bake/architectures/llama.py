@@ -1,42 +1,218 @@
-"""Sequential pre-norm decoders with RMSNorm and a gated MLP: Llama and the families that copied its module names."""
+"""Sequential pre-norm decoders in ``model.layers``: Llama and the many families that copied its module names."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
-from . import Architecture, Write
+from . import NORMED, Architecture, Block, Scale, Weight, unscaled
 
-_LAYER = "model.layers.{layer}"
+EMBEDDING = Block("model.embed_tokens", (Weight("model.embed_tokens.weight", axis=1),))
+
+ATTENTION = Block(
+    "self_attn",
+    tuple(Weight(f"self_attn.{name}.weight") for name in ("o_proj", "out_proj", "dense", "o_proj.linear")),
+    unlock=("attention_bias", "attention_out_bias", "use_bias"),
+)
+#: What hybrids have in some layers instead of attention, or beside it.
+MIXERS = (
+    Block("linear_attn", (Weight("linear_attn.out_proj.weight"), Weight("linear_attn.o_proj.weight"))),
+    Block("mamba", (Weight("mamba.out_proj.weight"),), unlock=("mamba_proj_bias", "projectors_bias")),
+    Block("conv", (Weight("conv.out_proj.weight"),), unlock=("conv_bias",)),
+)
+
+DENSE = tuple(Weight(f"mlp.{name}.weight") for name in ("down_proj", "dense_4h_to_h", "fc2", "c_proj"))
+#: The experts' outputs are weighted by the router, and qwen's shared expert by a gate: their biases are not whole.
+SPARSE = (
+    Weight("mlp.shared_experts.down_proj.weight"),
+    Weight("mlp.shared_mlp.down_proj.weight"),
+    Weight("mlp.shared_expert.down_proj.weight", whole=False),
+    Weight("mlp.experts.*.down_proj.weight", whole=False),
+    Weight("mlp.experts.down_proj", axis=1, whole=False),
+)
+MLP = Block("mlp", (*DENSE, *SPARSE), unlock=("mlp_bias", "use_bias"))
+
+
+def scaled(block: Block, scale: Scale, tensors: bool = True) -> Block:
+    """``block`` with a multiplier between it and the stream."""
+    weights = tuple(replace(weight, scale=scale) for weight in block.weights) if tensors else block.weights
+    return replace(block, weights=weights, scale=scale)
+
+
+def root_of_width(config: Any) -> float:
+    return math.sqrt(config.hidden_size)
+
+
+def residual_multiplier(config: Any) -> float:
+    return float(config.residual_multiplier)
+
+
+def embedding_multiplier(config: Any) -> float:
+    return float(config.embedding_multiplier)
+
+
+def scaled_table(scale: Scale) -> Block:
+    """The embedding, whose rows are multiplied before they enter the stream."""
+    return replace(EMBEDDING, weights=tuple(replace(weight, scale=scale) for weight in EMBEDDING.weights))
+
 
 _LLAMA = Architecture(
-    model_types=("llama",),
-    embedding=Write(module="model.embed_tokens", tensor="model.embed_tokens.weight", axis=1),
-    attention=Write(
-        module=f"{_LAYER}.self_attn",
-        tensor=f"{_LAYER}.self_attn.o_proj.weight",
-        axis=0,
-        bias=f"{_LAYER}.self_attn.o_proj.bias",
-        unlock="attention_bias",
-        siblings=tuple(f"{_LAYER}.self_attn.{name}.weight" for name in ("q_proj", "k_proj", "v_proj")),
+    model_types=(
+        "llama", "apertus", "arcee", "aria_text", "axk2", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+        "diffllama", "dots1", "dots3_note_text", "ernie4_5", "ernie4_5_moe", "exaone_moe", "flint", "glm", "glm4_moe",
+        "glm4_moe_lite", "glm_moe_dsa", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "internlm3",
+        "iquestcoder", "jais2", "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "ministral",
+        "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmoe", "persimmon", "phi3", "phimoe", "qwen2",
+        "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "youtu",
     ),
-    mlp=Write(
-        module=f"{_LAYER}.mlp",
-        tensor=f"{_LAYER}.mlp.down_proj.weight",
-        axis=0,
-        bias=f"{_LAYER}.mlp.down_proj.bias",
-        unlock="mlp_bias",
-        siblings=tuple(f"{_LAYER}.mlp.{name}.weight" for name in ("gate_proj", "up_proj")),
-    ),
-    layer=_LAYER,
-    mid_norm=f"{_LAYER}.post_attention_layernorm",
-)
+    embedding=EMBEDDING,
+    attention=(ATTENTION,),
+    mlp=(MLP,),
+    middle="post_attention_layernorm",
+)  # fmt: skip
 
-# The classes of these types hard-code bias=False on o_proj and down_proj: rank-one edits fit, shifts have no slot.
-_NO_BIAS_SLOT = replace(
+_HYBRID = replace(
     _LLAMA,
-    model_types=("mistral", "qwen2"),
-    attention=replace(_LLAMA.attention, bias=None, unlock=None, siblings=()),
-    mlp=replace(_LLAMA.mlp, bias=None, unlock=None, siblings=()),
+    model_types=("bailing_hybrid", "kimi_linear", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+    attention=(ATTENTION, *MIXERS),
 )
 
-llama = (_LLAMA, _NO_BIAS_SLOT)
+_GPT_OSS = replace(
+    _LLAMA,
+    model_types=("gpt_oss",),
+    # the routing weights sum to 1, so that one bias on every expert is whole
+    mlp=(Block("mlp", (Weight("mlp.experts.down_proj", axis=2, bias="mlp.experts.down_proj_bias"),)),),
+)
+
+_GEMMA = replace(_LLAMA, model_types=("gemma", "vaultgemma"), embedding=scaled_table(root_of_width))
+
+_FEED_FORWARD = Block(
+    "feed_forward",
+    (
+        Weight("feed_forward.down_proj.weight"),
+        Weight("feed_forward.w2.weight"),
+        Weight("feed_forward.shared_expert.down_proj.weight", whole=False),
+        Weight("feed_forward.experts.*.down_proj.weight", whole=False),
+        Weight("feed_forward.experts.*.w2.weight", whole=False),
+        Weight("feed_forward.experts.down_proj", axis=2, whole=False),
+    ),
+    unlock=("mlp_bias",),
+)
+_LLAMA4 = replace(_LLAMA, model_types=("llama4_text",), mlp=(_FEED_FORWARD,))
+_JAMBA = replace(
+    _LLAMA,
+    model_types=("bamba", "jamba"),
+    attention=(ATTENTION, *MIXERS),
+    mlp=(_FEED_FORWARD,),
+    middle="pre_ff_layernorm",
+)
+_LFM2 = replace(_JAMBA, model_types=("lfm2", "lfm2_moe"), middle="ffn_norm")
+
+
+def _attention_multiplier(config: Any) -> float:
+    return float(config.attention_out_multiplier)
+
+
+def _ssm_multiplier(config: Any) -> float:
+    return float(config.ssm_out_multiplier)
+
+
+def _down_multiplier(config: Any) -> float:
+    return float(config.mlp_multipliers[1])
+
+
+_FALCON_H1 = replace(
+    _JAMBA,
+    model_types=("falcon_h1",),
+    embedding=scaled_table(embedding_multiplier),
+    attention=(scaled(ATTENTION, _attention_multiplier), scaled(MIXERS[1], _ssm_multiplier)),
+    mlp=(replace(scaled(_FEED_FORWARD, _down_multiplier), scale=unscaled),),
+)
+
+_GRANITE = replace(
+    _LLAMA,
+    model_types=("granite", "granite_swa"),
+    embedding=scaled_table(embedding_multiplier),
+    attention=(scaled(ATTENTION, residual_multiplier),),
+    mlp=(scaled(MLP, residual_multiplier),),
+)
+_GRANITE_MOE = replace(
+    _GRANITE,
+    model_types=("granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared"),
+    attention=tuple(scaled(block, residual_multiplier) for block in (ATTENTION, MIXERS[1])),
+    mlp=tuple(
+        scaled(block, residual_multiplier)
+        for block in (
+            Block("block_sparse_moe", (Weight("block_sparse_moe.output_linear.weight", axis=1, whole=False),)),
+            Block("shared_mlp", (Weight("shared_mlp.output_linear.weight"),)),
+        )
+    ),
+)
+
+
+def _depth_scale(config: Any) -> float:
+    return float(config.scale_depth) / math.sqrt(config.num_hidden_layers)
+
+
+def _embedding_scale(config: Any) -> float:
+    return float(config.scale_emb)
+
+
+_MINICPM3 = replace(
+    _LLAMA,
+    model_types=("minicpm3",),
+    embedding=scaled_table(_embedding_scale),
+    attention=(scaled(ATTENTION, _depth_scale),),
+    mlp=(scaled(MLP, _depth_scale),),
+)
+
+
+def _parallel(config: Any) -> bool:
+    return True
+
+
+_PARALLEL = replace(
+    _LLAMA,
+    model_types=("cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "phi"),
+    middle="",
+    parallel=_parallel,
+)
+
+
+def _parallel_residual(config: Any) -> bool:
+    return bool(config.use_parallel_residual)
+
+
+_STABLELM = replace(_LLAMA, model_types=("stablelm",), parallel=_parallel_residual)
+
+_NANOCHAT = replace(_LLAMA, model_types=("nanochat",), embedding=replace(EMBEDDING, rigid=NORMED))
+
+_MOSHI = replace(_LLAMA, model_types=("moshi",))
+
+_RECURRENT_GEMMA = replace(
+    _GEMMA,
+    model_types=("recurrent_gemma",),
+    attention=(
+        Block("temporal_block", (Weight("temporal_block.linear_out.weight"), Weight("temporal_block.o_proj.weight"))),
+    ),
+    mlp=(Block("mlp_block", (Weight("mlp_block.down_proj.weight"),)),),
+    middle="channel_pre_norm",
+)
+
+_JETMOE = replace(
+    _LLAMA,
+    model_types=("jetmoe",),
+    attention=(
+        Block(
+            "self_attention",
+            (Weight("self_attention.experts.output_linear.weight", axis=1, bias="self_attention.experts.bias"),),
+        ),
+    ),
+    mlp=(Block("mlp", (Weight("mlp.output_linear.weight", axis=1, bias="mlp.bias"),)),),
+)
+
+llama = (
+    _LLAMA, _HYBRID, _GPT_OSS, _GEMMA, _LLAMA4, _JAMBA, _LFM2, _FALCON_H1, _GRANITE, _GRANITE_MOE, _MINICPM3, _PARALLEL,
+    _STABLELM, _NANOCHAT, _MOSHI, _RECURRENT_GEMMA, _JETMOE,
+)  # fmt: skip

@@ -1,58 +1,165 @@
 """Exact ways to hold an intervention in a checkpoint: one file each, asked in turn by the planner.
 
-``<name>(piece: Piece, base: Base) -> Holding | None``: the edits that hold the piece, ``None`` where this
-representation is not for such a piece, or :class:`NotFoldable` with the reason where it is but the model has no room.
+``<name>(piece: Piece, base: Base) -> Holding | None``: what holds the piece, ``None`` where this representation is not
+for such a piece, or :class:`NotFoldable` with the reason where it is but the model has no room.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..affine import Affine
-from ..architectures import Architecture, Write, layer_count
+from ..architectures import Block, Layout, Weight
 from ..checkpoint import Checkpoint, Edit
+from ..sites import Site
+from ..skeleton import Skeleton, changed, skeleton
 
 
 @dataclass(frozen=True)
+class Writer:
+    """A weight of a block, found in the checkpoint."""
+
+    tensor: str  # its name on disk
+    weight: Weight
+    block: Block
+    bias: str | None  # the bias tensor on disk, where there is one
+
+
+@dataclass(frozen=True, eq=False)
 class Base:
-    """What a plan may look at: the config, the tensors' headers and the architecture. No weights."""
+    """What a plan may look at: the config, the tensors' headers and the layout. No weights."""
 
     checkpoint: Checkpoint
-    architecture: Architecture
-
-    @property
-    def config(self) -> Mapping[str, Any]:
-        return self.checkpoint.config
+    layout: Layout
 
     @property
     def layers(self) -> int:
-        return layer_count(self.architecture, self.config)
+        return self.layout.layers
 
     def has(self, tensor: str) -> bool:
         return tensor in self.checkpoint.tensors
+
+    # --- names
+
+    @cached_property
+    def _rename(self) -> tuple[str, str]:
+        """What the names of the class begin with, and what those of this checkpoint begin with instead."""
+        first = f"{self.layout.architecture.stack}.0."
+        root, _, bare = first.partition(".")
+        wrapped = (f"{root}.language_model.{bare}", f"language_model.{first}", f"{root}.text_model.{bare}")
+        for candidate in (first, bare, *wrapped):
+            if any(name.startswith(candidate) for name in self.checkpoint.tensors):
+                return first.removesuffix(bare), candidate.removesuffix(bare)
+        return "", ""
+
+    def on_disk(self, name: str) -> str:
+        """The name in this checkpoint of what the class calls ``name``: some store it without the root's name."""
+        old, new = self._rename
+        return new + name.removeprefix(old) if old and name.startswith(old) else name
+
+    @cached_property
+    def _by_layer(self) -> dict[int, list[str]]:
+        """The names of the tensors of every decoder layer, as they are on disk."""
+        stack = re.escape(self.on_disk(self.layout.architecture.stack))
+        pattern = re.compile(rf"{stack}\.(\d+)\.")
+        found: dict[int, list[str]] = {}
+        for name in self.checkpoint.tensors:
+            match = pattern.match(name)
+            if match:
+                found.setdefault(int(match[1]), []).append(name)
+        return found
+
+    def layer_tensors(self, layer: int) -> list[str]:
+        """The tensors of a decoder layer, as they are on disk."""
+        return self._by_layer.get(layer, [])
+
+    def prefix(self, layer: int) -> str:
+        """What the names of a decoder layer's tensors begin with on disk."""
+        return self.on_disk(self.layout.layer(layer)) + "."
+
+    # --- the bake column
+
+    def writers(self, slot: str, layer: int) -> list[Writer]:
+        """The weights of a slot that the checkpoint has in this layer, in the order in which the layout names them."""
+        prefix, names = self.prefix(layer), self.layer_tensors(layer)
+        return [
+            writer
+            for block in self.layout.architecture.blocks(slot)
+            for weight in block.weights
+            for writer in self._found(block, weight, prefix, names)
+        ]
+
+    def _found(self, block: Block, weight: Weight, prefix: str, names: list[str]) -> list[Writer]:
+        if "*" not in weight.name:
+            tensor, bias = prefix + weight.name, prefix + weight.bias
+            return [Writer(tensor, weight, block, bias if self.has(bias) else None)] if self.has(tensor) else []
+        found = []
+        for tensor in fnmatch.filter(names, prefix + weight.name):
+            bias = tensor.removesuffix("weight") + "bias"
+            found.append(Writer(tensor, weight, block, bias if self.has(bias) else None))
+        return found
+
+    def tables(self) -> list[Writer]:
+        """The weights of the embedding: the token table, then what else is added there."""
+        block = self.layout.architecture.embedding
+        return [
+            Writer(self.on_disk(weight.name), weight, block, bias if self.has(bias) else None)
+            for weight in block.weights
+            for bias in [self.on_disk(weight.bias)]
+        ]
+
+    # --- edits
 
     def edit(self, tensor: str, affine: Affine, axis: int) -> Edit:
         """``affine`` applied to a tensor that the base has."""
         known = self.checkpoint.tensors[tensor]
         return Edit(tensor, known.shape, known.dtype, affine, axis, source=tensor)
 
-    def zeros(self, tensor: str, like: str) -> Edit:
-        """A new all-zero bias for the Linear weight ``like`` [out, in]."""
-        weight = self.checkpoint.tensors[like]
-        dtype = weight.dtype if weight.dtype in ("BF16", "F16", "F32") else self.checkpoint.storage_dtype
-        return Edit(tensor, weight.shape[:1], dtype, Affine.identity(weight.shape[0]))
+    def new(self, tensor: str, shape: tuple[int, ...], affine: Affine | None = None) -> Edit:
+        """A tensor that the base has not: zeros, shifted by ``affine`` along the last axis."""
+        return Edit(tensor, shape, self.checkpoint.storage_dtype, affine or Affine.identity(shape[-1]), len(shape) - 1)
+
+    # --- what the class would want
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        return skeleton(self.layout.parsed)
+
+    def unlocked(self, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+        """What the class wants in addition after ``changes`` of the config; None where it wants anything else anew."""
+        after = skeleton(changed(self.layout.parsed, changes))
+        if any(after.get(name) != shape for name, shape in self.skeleton.items()):
+            return None
+        return {name: shape for name, shape in after.items() if name not in self.skeleton}
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """One part of one write that must change: its ``weight``, its ``bias``, or the ``embedding`` with its tables."""
+    """One part of one write that must change.
+
+    ``weight``, ``bias``: of a writer; ``embedding``: all that is added there; ``shift``: of the stream at a site.
+    """
 
     part: str
-    write: Write
-    layer: int | None  # None for the embedding
-    affine: Affine  # composed from every intervention that reaches this write, in the units of its tensors
+    affine: Affine  # composed from every intervention that reaches this write, in stream units
+    slots: tuple[str, ...] = ()  # whose writers it concerns; of a shift: any one of them may take it
+    layer: int | None = None
+    writer: Writer | None = None  # of a weight or a bias
+    site: Site | None = None  # of a shift: where it enters the stream
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor that holds a constant of the stream, rounded: the hook that is compared with the file adds the same."""
+
+    tensor: str
+    site: Site
+    scale: float = 1.0  # the stream gets this times the tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,3 +168,4 @@ class Holding:
 
     edits: tuple[Edit, ...]
     config_changes: Mapping[str, Any] = field(default_factory=dict)
+    constants: tuple[Constant, ...] = ()

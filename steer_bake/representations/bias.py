@@ -6,31 +6,44 @@ them are written, as zeros, or loaders fill them with whatever memory holds.
 
 from __future__ import annotations
 
-from ..architectures import Write
-from ..checkpoint import Edit
 from ..errors import NotFoldable
-from . import Base, Holding, Piece
+from . import Base, Constant, Holding, Piece, Writer
 
 
 def bias(piece: Piece, base: Base) -> Holding | None:
-    if piece.part != "bias":
+    if piece.part != "shift" or piece.layer is None or piece.site is None:
         return None
-    write, layer = piece.write, piece.layer
-    name = (write.bias or "").format(layer=layer)
-    if write.bias and base.has(name):
-        return Holding((base.edit(name, piece.affine, axis=0),))
-    if not write.bias or not write.unlock:
-        model_type = base.config.get("model_type")
-        raise NotFoldable(
-            f"the {model_type} class gives {write.tensor.format(layer=layer)} no bias, and no config flag creates one: "
-            "a shift has no exact home there. Ablation at 'writes' or 'writers' works, and so does 'resid_pre.0'"
+    homes = [w for slot in piece.slots for w in base.writers(slot, piece.layer) if w.weight.whole]
+    for writer in homes:
+        if writer.bias is not None:
+            scale = writer.weight.scale(base.layout.text)
+            edit = base.edit(writer.bias, piece.affine.divided_by(scale), axis=-1)
+            return Holding((edit,), constants=(Constant(writer.bias, piece.site, scale),))
+    for writer in homes:
+        holding = _unlocked(writer, piece, base)
+        if holding is not None:
+            return holding
+    raise NotFoldable(
+        f"a writer of {piece.site} that could take the vector has no bias in the {base.layout.model_type} class, and "
+        "no config flag creates one"
+    )
+
+
+def _unlocked(writer: Writer, piece: Piece, base: Base) -> Holding | None:
+    """All biases that the flag creates, zero but for the writer's own."""
+    assert piece.layer is not None
+    assert piece.site is not None
+    wanted = f"{base.layout.layer(piece.layer)}.{writer.weight.bias}"
+    flags = [flag for flag in writer.block.unlock if hasattr(base.layout.text, flag)]
+    for flag in flags:
+        changes = base.layout.change({flag: True})
+        created = base.unlocked(changes)
+        if created is None or wanted not in created:
+            continue
+        scale = writer.weight.scale(base.layout.text)
+        shift = piece.affine.divided_by(scale)
+        edits = tuple(
+            base.new(base.on_disk(name), shape, shift if name == wanted else None) for name, shape in created.items()
         )
-    zeros = [edit for each in range(base.layers) for edit in _zero_biases(write, each, base)]
-    shift = piece.affine.without_linear()  # of a bias that is zero so far
-    edits = [Edit(edit.tensor, edit.shape, edit.dtype, shift) if edit.tensor == name else edit for edit in zeros]
-    return Holding(tuple(edits), {write.unlock: True})
-
-
-def _zero_biases(write: Write, layer: int, base: Base) -> list[Edit]:
-    weights = [weight.format(layer=layer) for weight in (write.tensor, *write.siblings)]
-    return [base.zeros(weight.removesuffix("weight") + "bias", like=weight) for weight in weights]
+        return Holding(edits, changes, (Constant(base.on_disk(wanted), piece.site, scale),))
+    return None

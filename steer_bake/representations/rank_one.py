@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from ..errors import CheckpointError
+from ..errors import NotFoldable
 from . import Base, Holding, Piece
 
 
 def rank_one(piece: Piece, base: Base) -> Holding | None:
-    if piece.part != "weight":
+    writer = piece.writer
+    if piece.part not in ("weight", "bias") or writer is None:
         return None
-    name = piece.write.tensor.format(layer=piece.layer)
-    if not base.has(name):
-        raise CheckpointError(f"the checkpoint has no tensor {name!r}, which its config promises; is it complete?")
-    return Holding((base.edit(name, piece.affine.without_shift(), piece.write.axis),))
+    if writer.block.rigid:
+        raise NotFoldable(
+            f"a projection at {writer.tensor} is no edit of any tensor of a {base.layout.model_type} model: "
+            f"{writer.block.rigid}. Adding a vector works"
+        )
+    linear = piece.affine.without_shift()
+    if piece.part == "weight":
+        return Holding((base.edit(writer.tensor, linear, writer.weight.axis),))
+    assert writer.bias is not None
+    return Holding((base.edit(writer.bias, linear, axis=-1),))

@@ -1,0 +1,58 @@
+"""BERT used as a decoder: every sublayer normalises the stream itself, so that only the norms' biases shift it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from . import NORMED, Architecture, Block, Weight
+
+
+def _norm(name: str) -> Block:
+    return Block(name, (Weight(f"{name}.weight"),), rigid=NORMED)
+
+
+def _rooted(root: str, *model_types: str, head: str = "lm_head.decoder.weight") -> Architecture:
+    return Architecture(
+        model_types=model_types,
+        stack=f"{root}.encoder.layer",
+        embedding=_norm(f"{root}.embeddings.LayerNorm"),
+        attention=(_norm("attention.output.LayerNorm"),),
+        mlp=(_norm("output.LayerNorm"),),
+        head=head,
+    )
+
+
+_WRITERS = {
+    "attention": (Block("attention.output.dense", (Weight("attention.output.dense.weight"),)),),
+    "mlp": (Block("output.dense", (Weight("output.dense.weight"),)),),
+}
+
+
+def _pre_norm(of: Architecture, model_type: str, embedding: Block) -> Architecture:
+    return replace(
+        of, model_types=(model_type,), embedding=embedding, attention=_WRITERS["attention"], mlp=_WRITERS["mlp"]
+    )
+
+
+def _tables(root: str, *names: str) -> Block:
+    return Block(f"{root}.embeddings", tuple(Weight(f"{root}.embeddings.{name}.weight", axis=1) for name in names))
+
+
+_NAMES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+_CLS = "cls.predictions.decoder.weight"
+
+bert = (
+    _rooted("bert", "bert", "big_bird", "bert-generation", head=_CLS),
+    _rooted("roberta", "roberta", "camembert", "xlm-roberta"),
+    _rooted("data2vec_text", "data2vec-text"),
+    _rooted("electra", "electra", head="generator_lm_head.weight"),
+    _rooted("ernie", "ernie", head=_CLS),
+    _rooted("rembert", "rembert", head=_CLS),
+    _rooted("roc_bert", "roc_bert", head=_CLS),
+    _rooted("roformer", "roformer", head=_CLS),
+    _pre_norm(_rooted("bert", head=_CLS), "megatron-bert", _tables("bert", *_NAMES)),
+    _pre_norm(_rooted("roberta"), "xlm-roberta-xl", _tables("roberta", *_NAMES)),
+    _pre_norm(
+        _rooted("roberta_prelayernorm"), "roberta-prelayernorm", _norm("roberta_prelayernorm.embeddings.LayerNorm")
+    ),
+)

@@ -1,0 +1,66 @@
+"""What the model class wants to load: names and shapes of every parameter, from a config, without a weight.
+
+The class is built on the meta device (tens of milliseconds, whatever its size). It is the authority on which biases a
+flag creates, and so catches flags that a class ignores before anything is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.initialization import no_init_weights
+from transformers.utils import logging
+
+from .errors import CheckpointError
+
+Skeleton = dict[str, tuple[int, ...]]
+
+_known: dict[tuple[type[PretrainedConfig], str], Skeleton] = {}
+
+
+def skeleton(config: PretrainedConfig) -> Skeleton:
+    """Shape by name of what a checkpoint of this config's causal-LM class holds (parameters and saved buffers).
+
+    Raises:
+        CheckpointError: transformers has no causal-LM class for the config, or the class rejects it.
+    """
+    key = (type(config), config.to_json_string(use_diff=False))
+    if key not in _known:
+        _known[key] = _built(config)
+    return _known[key]
+
+
+def changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
+    """``config`` with ``changes`` of its config.json, tables within tables too."""
+    fields = config.to_dict()
+    _merge(fields, changes)
+    found: PretrainedConfig = type(config).from_dict(fields)
+    return found
+
+
+def _merge(fields: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(fields.get(key), dict):
+            _merge(fields[key], value)
+        else:
+            fields[key] = value
+
+
+def _built(config: PretrainedConfig) -> Skeleton:
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception as error:  # a class rejects a config in any way it likes
+        raise CheckpointError(
+            f"transformers builds no causal language model from this {config.model_type} config: {error}"
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    saved = model.state_dict(keep_vars=True)
+    return {name: tuple(tensor.shape) for name, tensor in saved.items()}
