@@ -155,6 +155,7 @@ class _Reader:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._seen: dict[Site, _Read] = {}
         self._keep: Callable[[Tensor], _Read]
+        self._shape = torch.Size()
 
     def __enter__(self) -> _Reader:
         try:
@@ -180,6 +181,7 @@ class _Reader:
         self._seen, self._keep = {}, keep
         try:
             tokens = torch.tensor(ids, device=self._model.device)
+            self._shape = tokens.shape
             self._model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
         except _Stop:
             return self._seen
@@ -222,6 +224,7 @@ class _Reader:
         return module, block.scale(layout.text)
 
     def _see(self, site: Site, hidden: Tensor, scale: float) -> None:
+        hidden = hidden.reshape(*self._shape, -1)  # some layers flatten batch and sequence
         self._seen[site] = self._keep(hidden if scale == 1.0 else hidden * scale)
         if len(self._seen) == len(self._sites):
             raise _Stop

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from . import architectures, registry
 from .affine import Affine, compose
 from .architectures import SLOTS
 from .checkpoint import Checkpoint, Edit
+from .depth import deepened
 from .errors import CheckpointError, NotFoldable, RecipeError
 from .interventions import Intervention, in_forward_order
-from .representations import Base, Constant, Holding, Piece
+from .representations import NEW, Base, Constant, Extra, Holding, Piece
 from .sites import Site
 
 
@@ -42,6 +43,8 @@ class Plan:
     edits: tuple[Edit, ...]  # one per tensor
     config_changes: Mapping[str, Any]
     constants: tuple[Constant, ...] = ()  # the tensors whose rounding is a constant of the stream
+    rename: Mapping[str, str] = field(default_factory=dict)  # tensors of the base that get a new number
+    order: tuple[int, ...] = ()  # where layers were inserted: for each new layer, the old one that it is or is like
 
     @property
     def is_constant(self) -> bool:
@@ -58,6 +61,7 @@ class Plan:
                 for d in self.decisions
             ],
             "config_changes": dict(self.config_changes),
+            **({"layers": list(self.order), "renamed": len(self.rename)} if self.order else {}),
             "edits": [
                 {
                     "tensor": edit.tensor,
@@ -108,9 +112,7 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention]) -> Plan:
             if not affine.is_identity:
                 reaching.setdefault(where, []).append((intervention, affine))
 
-    edits: dict[str, Edit] = {}
-    config_changes: dict[str, Any] = {}
-    constants: list[Constant] = []
+    draft = _Draft()
     decisions = []
     for where, found in reaching.items():
         because = tuple(f"{one.name} at {one.site}" for one, _ in found)
@@ -118,15 +120,74 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention]) -> Plan:
         for piece in _pieces(where, affine, view):
             name, holding = _held(piece, view)
             decisions.append(Decision(str(where), piece.part, name, because))
-            config_changes.update(holding.config_changes)
-            constants += holding.constants
-            for edit in holding.edits:
-                before = edits.get(edit.tensor)
-                edits[edit.tensor] = edit if before is None else replace(edit, affine=before.affine.then(edit.affine))
-    return Plan(
-        str(base.config["model_type"]), tuple(ordered), tuple(decisions), tuple(edits.values()), config_changes,
-        tuple(constants),
-    )  # fmt: skip
+            draft.add(holding)
+    return Plan(str(base.config["model_type"]), tuple(ordered), tuple(decisions), *draft.numbered(view))
+
+
+@dataclass
+class _Draft:
+    """What the holdings chosen so far amount to."""
+
+    edits: dict[str, Edit] = field(default_factory=dict)
+    config_changes: dict[str, Any] = field(default_factory=dict)
+    constants: list[Constant] = field(default_factory=list)
+    extras: list[tuple[Extra, str]] = field(default_factory=list)  # and what its number is written as so far
+
+    def add(self, holding: Holding) -> None:
+        number = f"+{len(self.extras)}"
+        if holding.extra is not None:
+            self.extras.append((holding.extra, number))
+        _merge(self.config_changes, holding.config_changes)
+        self.constants += [replace(one, tensor=one.tensor.replace(NEW, number)) for one in holding.constants]
+        for edit in holding.edits:
+            name = edit.tensor.replace(NEW, number)
+            before = self.edits.get(name)
+            affine = edit.affine if before is None else before.affine.then(edit.affine)
+            self.edits[name] = replace(edit, tensor=name, affine=affine)
+
+    def numbered(
+        self, base: Base
+    ) -> tuple[tuple[Edit, ...], dict[str, Any], tuple[Constant, ...], dict[str, str], tuple[int, ...]]:
+        """Edits, config changes and constants under the final numbers of the layers, the new names, and the order."""
+        if not self.extras:
+            return tuple(self.edits.values()), self.config_changes, tuple(self.constants), {}, ()
+        order: list[int] = []
+        numbers: dict[str, str] = {}
+        moved: dict[int, int] = {}
+        for old in range(-1, base.layers):
+            if old >= 0:
+                moved[old] = len(order)
+                order.append(old)
+            for extra, number in self.extras:
+                if extra.after == old:
+                    numbers[number] = str(len(order))
+                    order.append(extra.like)
+        stack = base.on_disk(base.layout.architecture.stack)
+        rename = {
+            name: f"{stack}.{new}.{name.removeprefix(base.prefix(old))}"
+            for old, new in moved.items()
+            if old != new
+            for name in base.layer_tensors(old)
+        }
+
+        def final(name: str) -> str:
+            if not name.startswith(f"{stack}."):
+                return name
+            number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+            return f"{stack}.{numbers[number] if number in numbers else moved[int(number)]}.{rest}"
+
+        edits = tuple(replace(edit, tensor=final(edit.tensor)) for edit in self.edits.values())
+        constants = tuple(replace(one, tensor=final(one.tensor)) for one in self.constants)
+        _merge(self.config_changes, deepened(base.layout, order))
+        return edits, self.config_changes, constants, rename, tuple(order)
+
+
+def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def readings(
     real = mask.bool()
 
     def read(index: int, h: Tensor) -> None:
-        wide = h[real].double().cpu()
+        wide = h.reshape(*real.shape, -1)[real].double().cpu()  # some layers flatten batch and sequence
         off = (wide @ along.double() - torch.tensor(probes[index]["expected"], dtype=torch.float64)).abs()
         found[index] = torch.maximum(found[index], (off / wide.norm(dim=-1, keepdim=True)).amax(0).float())
 

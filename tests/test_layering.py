@@ -23,7 +23,7 @@ LAYERS = (
         "stages",
     ),
     ("architectures", "interventions", "estimators", "judges"),
-    ("representations",),
+    ("depth", "representations"),
     ("activations", "steering", "plan", "recipe"),
     ("manifest",),
     ("targets",),

@@ -47,6 +47,7 @@ class Weight:
     bias: str = ""  # its bias, [d] or [experts, d]; by default the name with "bias" for "weight"
     whole: bool = True  # its bias reaches the stream once, unweighted; not so behind a gate or a router
     scale: Scale = unscaled  # the stream gets this times what the tensor writes
+    offset: float = 0.0  # of a norm: it multiplies by this plus the tensor
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bias", self.bias or self.name.removesuffix("weight").rstrip("_") + "bias")
@@ -62,6 +63,7 @@ class Block:
     weights: tuple[Weight, ...]
     unlock: tuple[str, ...] = ()  # config flags of which one may make the class create the missing bias
     rigid: str = ""  # why no linear part folds into the weights; empty where it does
+    inner: tuple[Weight, ...] = ()  # of a norm at a sublayer's end: the sublayer's own writers, which it normalises
     # Hook column again
     scale: Scale = unscaled  # the stream gets this times the module's output
 
@@ -78,6 +80,7 @@ class Architecture:
     middle: str = ""  # the module of a layer whose input is resid_mid; empty where none is
     parallel: Callable[[Any], bool] = sequential
     head: str = "lm_head.weight"  # the tensor that untying creates
+    indexed: str = ""  # why no layer may be inserted: what depends on a layer's number
 
     def blocks(self, slot: str) -> tuple[Block, ...]:
         return self.attention if slot == "attention" else self.mlp

@@ -60,7 +60,7 @@ def scaled_table(scale: Scale) -> Block:
 _LLAMA = Architecture(
     model_types=(
         "llama", "apertus", "arcee", "aria_text", "axk2", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "deepseek_v32",
-        "diffllama", "dots1", "dots3_note_text", "ernie4_5", "ernie4_5_moe", "exaone_moe", "flint", "glm", "glm4_moe",
+        "dots1", "dots3_note_text", "ernie4_5", "ernie4_5_moe", "exaone_moe", "flint", "glm", "glm4_moe",
         "glm4_moe_lite", "glm_moe_dsa", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "internlm3",
         "iquestcoder", "jais2", "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "ministral",
         "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmoe", "persimmon", "phi3", "phimoe", "qwen2",
@@ -71,6 +71,10 @@ _LLAMA = Architecture(
     mlp=(MLP,),
     middle="post_attention_layernorm",
 )  # fmt: skip
+
+_DIFFLLAMA = replace(
+    _LLAMA, model_types=("diffllama",), indexed="a layer's attention depends on the layer's number (lambda_init)"
+)
 
 _HYBRID = replace(
     _LLAMA,
@@ -213,6 +217,6 @@ _JETMOE = replace(
 )
 
 llama = (
-    _LLAMA, _HYBRID, _GPT_OSS, _GEMMA, _LLAMA4, _JAMBA, _LFM2, _FALCON_H1, _GRANITE, _GRANITE_MOE, _MINICPM3, _PARALLEL,
+    _LLAMA, _DIFFLLAMA, _HYBRID, _GPT_OSS, _GEMMA, _LLAMA4, _JAMBA, _LFM2, _FALCON_H1, _GRANITE, _GRANITE_MOE, _MINICPM3, _PARALLEL,
     _STABLELM, _NANOCHAT, _MOSHI, _RECURRENT_GEMMA, _JETMOE,
 )  # fmt: skip

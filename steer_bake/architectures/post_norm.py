@@ -9,29 +9,35 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import NORMED, Architecture, Block, Weight
-from .llama import EMBEDDING, root_of_width, scaled_table
+from .llama import ATTENTION, EMBEDDING, MLP, root_of_width, scaled_table
 
 
-def normed(name: str) -> Block:
-    """A norm at the end of a sublayer. Its weight is a writer without a bias of its own."""
-    return Block(name, (Weight(f"{name}.weight"),), rigid=NORMED)
+def normed(block: Block, name: str, offset: float = 0.0) -> Block:
+    """``block`` with a norm at its end. The norm's weight is the writer, and has no bias."""
+    return Block(
+        name,
+        (Weight(f"{name}.weight", offset=offset),),
+        unlock=block.unlock,
+        rigid=NORMED,
+        inner=block.weights,
+    )
 
 
-def _after(attention: str, mlp: str, *model_types: str) -> Architecture:
-    return Architecture(model_types, EMBEDDING, (normed(attention),), (normed(mlp),))
+def _after(attention: str, mlp: str, *model_types: str, offset: float = 0.0) -> Architecture:
+    return Architecture(model_types, EMBEDDING, (normed(ATTENTION, attention, offset),), (normed(MLP, mlp, offset),))
 
 
 _OLMO2 = _after("post_attention_layernorm", "post_feedforward_layernorm", "exaone4", "flex_olmo", "olmo2", "olmo3")
 _GEMMA2 = replace(
-    _OLMO2,
-    model_types=("gemma2", "gemma3_text", "gemma4_unified_text"),
+    _after("post_attention_layernorm", "post_feedforward_layernorm", "gemma2", "gemma3_text", offset=1.0),
     embedding=scaled_table(root_of_width),
     middle="pre_feedforward_layernorm",
 )
+_GEMMA4 = replace(_OLMO2, model_types=("gemma4_unified_text",), embedding=_GEMMA2.embedding, middle=_GEMMA2.middle)
 _GLM4 = replace(_after("post_self_attn_layernorm", "post_mlp_layernorm", "glm4"), middle="post_attention_layernorm")
 _KOLIBRI = _after("post_self_attn_layernorm", "post_mlp_layernorm", "kolibri1")
 _AFMOE = replace(_after("post_attention_layernorm", "post_mlp_layernorm", "afmoe"), middle="pre_mlp_layernorm")
 _HYPERCLOVAX = _after("post_norm1", "post_norm2", "hyperclovax")
 _LFM3 = _after("post_operator_norm", "post_ffn_norm", "lfm3")
 
-post_norm = (_OLMO2, _GEMMA2, _GLM4, _KOLIBRI, _AFMOE, _HYPERCLOVAX, _LFM3)
+post_norm = (_OLMO2, _GEMMA2, _GEMMA4, _GLM4, _KOLIBRI, _AFMOE, _HYPERCLOVAX, _LFM3)

@@ -16,6 +16,7 @@ from typing import Any
 from ..affine import Affine
 from ..architectures import Block, Layout, Weight
 from ..checkpoint import Checkpoint, Edit
+from ..errors import NotFoldable
 from ..sites import Site
 from ..skeleton import Skeleton, changed, skeleton
 
@@ -87,12 +88,20 @@ class Base:
     def writers(self, slot: str, layer: int) -> list[Writer]:
         """The weights of a slot that the checkpoint has in this layer, in the order in which the layout names them."""
         prefix, names = self.prefix(layer), self.layer_tensors(layer)
-        return [
-            writer
-            for block in self.layout.architecture.blocks(slot)
-            for weight in block.weights
-            for writer in self._found(block, weight, prefix, names)
-        ]
+        found = []
+        for block in self.layout.architecture.blocks(slot):
+            own = [one for weight in block.weights for one in self._found(block, weight, prefix, names)]
+            if not own and self._has_module(f"{self.layout.layer(layer)}.{block.module}"):
+                raise NotFoldable(
+                    f"{prefix}{block.module} writes to the stream, but the checkpoint has none of the tensors that "
+                    f"architectures/ expects there for {self.layout.model_type}; describe its tensors in that file"
+                )
+            found += own
+        return found
+
+    def _has_module(self, path: str) -> bool:
+        """Whether the class has parameters at ``path``."""
+        return any(name.startswith(f"{path}.") for name in self.skeleton)
 
     def _found(self, block: Block, weight: Weight, prefix: str, names: list[str]) -> list[Writer]:
         if "*" not in weight.name:
@@ -162,6 +171,18 @@ class Constant:
     scale: float = 1.0  # the stream gets this times the tensor
 
 
+@dataclass(frozen=True)
+class Extra:
+    """A decoder layer to insert. Its tensors are edits of a ``NEW`` layer; the planner numbers it."""
+
+    after: int  # the old layer that it follows; -1: before all
+    like: int  # the old layer whose kind it is of
+
+
+#: Stands for the number of an inserted layer in the names of its tensors.
+NEW = "{new}"
+
+
 @dataclass(frozen=True, eq=False)
 class Holding:
     """How a piece is held."""
@@ -169,3 +190,4 @@ class Holding:
     edits: tuple[Edit, ...]
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     constants: tuple[Constant, ...] = ()
+    extra: Extra | None = None

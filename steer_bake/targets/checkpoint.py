@@ -40,6 +40,8 @@ def checkpoint(
             )
         before = json.loads((base.folder / manifest.JSON_FILE).read_text())
     with publish(out, overwrite=overwrite) as folder:
-        records = write_edited(base, plan.edits, folder, config_changes=plan.config_changes, progress=progress)
+        records = write_edited(
+            base, plan.edits, folder, config_changes=plan.config_changes, rename=plan.rename, progress=progress
+        )
         manifest.write(folder, plan, ref, records, recipe=recipe, stacked_on=before)
     return out
