@@ -232,8 +232,8 @@ def _rounding(base: Checkpoint, plan: Plan) -> Iterator[Intervention]:
     edits = {edit.tensor: edit for edit in plan.edits}
     for constant in plan.constants:
         edit = edits[constant.tensor]
-        exact = edit.affine(base.read(edit.source).float() if edit.source else torch.zeros(edit.shape))
-        off = (recompute(base, edit).float() - exact).reshape(-1, edit.shape[-1])[0]  # experts all hold the same
+        off = recompute(base, edit).float() - recompute(base, edit, "F32")
+        off = off.movedim(edit.axis, -1).reshape(-1, edit.shape[edit.axis])[0]  # where it is held many times: the same
         shift = replace(Affine.identity(len(off)), shift=off * constant.scale)
         yield Intervention(constant.site, shift, name="rounding")
 

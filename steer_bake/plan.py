@@ -19,7 +19,7 @@ from .checkpoint import Checkpoint, Edit
 from .depth import deepened
 from .errors import CheckpointError, NotFoldable, RecipeError
 from .interventions import Intervention, in_forward_order
-from .representations import NEW, Base, Constant, Extra, Holding, Piece
+from .representations import KEPT, NEW, Base, Constant, Extra, Holding, Piece
 from .sites import Site
 
 
@@ -121,6 +121,7 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention]) -> Plan:
             name, holding = _held(piece, view)
             decisions.append(Decision(str(where), piece.part, name, because))
             draft.add(holding)
+    draft.complete(view)
     return Plan(str(base.config["model_type"]), tuple(ordered), tuple(decisions), *draft.numbered(view))
 
 
@@ -134,16 +135,42 @@ class _Draft:
     extras: list[tuple[Extra, str]] = field(default_factory=list)  # and what its number is written as so far
 
     def add(self, holding: Holding) -> None:
-        number = f"+{len(self.extras)}"
+        mark = f"+{len(self.extras)}"
         if holding.extra is not None:
-            self.extras.append((holding.extra, number))
+            self.extras.append((holding.extra, mark))
         _merge(self.config_changes, holding.config_changes)
-        self.constants += [replace(one, tensor=one.tensor.replace(NEW, number)) for one in holding.constants]
+
+        def named(name: str) -> str:
+            return name.replace(NEW, mark).replace(KEPT, f"{mark}-")
+
+        self.constants += [replace(one, tensor=named(one.tensor)) for one in holding.constants]
         for edit in holding.edits:
-            name = edit.tensor.replace(NEW, number)
+            name = named(edit.tensor)
             before = self.edits.get(name)
             affine = edit.affine if before is None else before.affine.then(edit.affine)
             self.edits[name] = replace(edit, tensor=name, affine=affine)
+
+    def complete(self, base: Base) -> None:
+        """Write what else the class wants after the config changes, in old and inserted layers: zeros.
+
+        Raises:
+            NotFoldable: together the changes make the class want something else than additional tensors.
+        """
+        created = base.unlocked(self.config_changes)
+        if created is None:
+            raise NotFoldable(
+                f"the {base.layout.model_type} class does not take these config changes together: "
+                f"{self.config_changes}; bake fewer sites, or sites of one kind"
+            )
+        stack = base.layout.architecture.stack
+        for name, shape in created.items():
+            names = [base.on_disk(name)]
+            for extra, mark in self.extras:
+                if name.startswith(f"{base.layout.layer(extra.like)}."):
+                    inside = name.removeprefix(f"{base.layout.layer(extra.like)}.")
+                    names.append(f"{base.on_disk(stack)}.{mark}.{inside}")
+            for one in names:
+                self.edits.setdefault(one, base.new(one, shape))
 
     def numbered(
         self, base: Base
@@ -152,30 +179,26 @@ class _Draft:
         if not self.extras:
             return tuple(self.edits.values()), self.config_changes, tuple(self.constants), {}, ()
         order: list[int] = []
-        numbers: dict[str, str] = {}
-        moved: dict[int, int] = {}
+        numbers: dict[str, int] = {}  # by how a layer is written so far
         for old in range(-1, base.layers):
             if old >= 0:
-                moved[old] = len(order)
+                numbers[str(old)] = len(order)
                 order.append(old)
-            for extra, number in self.extras:
-                if extra.after == old:
-                    numbers[number] = str(len(order))
-                    order.append(extra.like)
+            here = [(extra, mark) for extra, mark in self.extras if extra.after == old]
+            for extra, mark in sorted(here, key=lambda one: not one[0].moved):  # the second half of a layer comes first
+                numbers[mark], numbers[f"{mark}-"] = len(order), numbers.get(str(old), 0)
+                order.append(extra.like)
         stack = base.on_disk(base.layout.architecture.stack)
-        rename = {
-            name: f"{stack}.{new}.{name.removeprefix(base.prefix(old))}"
-            for old, new in moved.items()
-            if old != new
-            for name in base.layer_tensors(old)
-        }
+        gone = {name: mark for extra, mark in self.extras for name in extra.moved}
 
         def final(name: str) -> str:
             if not name.startswith(f"{stack}."):
                 return name
-            number, _, rest = name.removeprefix(f"{stack}.").partition(".")
-            return f"{stack}.{numbers[number] if number in numbers else moved[int(number)]}.{rest}"
+            written, _, rest = name.removeprefix(f"{stack}.").partition(".")
+            return f"{stack}.{numbers[gone.get(name, written)]}.{rest}"
 
+        renamed = {name: final(name) for old in range(base.layers) for name in base.layer_tensors(old)}
+        rename = {old: new for old, new in renamed.items() if old != new}
         edits = tuple(replace(edit, tensor=final(edit.tensor)) for edit in self.edits.values())
         constants = tuple(replace(one, tensor=final(one.tensor)) for one in self.constants)
         _merge(self.config_changes, deepened(base.layout, order))

@@ -182,7 +182,7 @@ def _tensor_problem(edit: Edit, base: Checkpoint, found: Checkpoint) -> tuple[st
     if stored.shape != before.shape:
         return f"{edit.tensor} has shape {list(stored.shape)}, planned {list(before.shape)}", 1.0
     planned = edit.affine(before, edit.axis)
-    if stored.ndim == 1 or edit.affine.is_identity:
+    if stored.ndim == 1 or edit.source is None or edit.affine.is_identity:
         # Constants and copies are what the other legs build on: nothing but the planned bits will do.
         same = torch.equal(stored, recompute(base, edit, found.tensors[edit.tensor].dtype))
         off = 0.0 if same else _misfit(stored.float(), before, planned)

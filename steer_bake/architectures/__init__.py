@@ -44,7 +44,7 @@ class Weight:
 
     name: str  # below the layer (of an embedding: in full)
     axis: int = 0  # the residual axis: 0 for a Linear [d, in], 1 for an embedding [vocab, d] or a Conv1D [in, d]
-    bias: str = ""  # its bias, [d] or [experts, d]; by default the name with "bias" for "weight"
+    bias: str = ""  # what the class calls its bias, [d] or [experts, d]; by default the name with "bias" for "weight"
     whole: bool = True  # its bias reaches the stream once, unweighted; not so behind a gate or a router
     scale: Scale = unscaled  # the stream gets this times what the tensor writes
     offset: float = 0.0  # of a norm: it multiplies by this plus the tensor
@@ -81,6 +81,9 @@ class Architecture:
     parallel: Callable[[Any], bool] = sequential
     head: str = "lm_head.weight"  # the tensor that untying creates
     indexed: str = ""  # why no layer may be inserted: what depends on a layer's number
+    # What an inserted layer can be made of, where no writer has a bias; names below the layer
+    value: str = ""  # the attention's value projection
+    gate: tuple[str, ...] = ()  # the first layer of a gated MLP: gate and up, or both in one, gate first
 
     def blocks(self, slot: str) -> tuple[Block, ...]:
         return self.attention if slot == "attention" else self.mlp
@@ -210,7 +213,8 @@ def parse(config: Mapping[str, Any]) -> PretrainedConfig:
             "model_type in config.json"
         )
     try:
-        parsed: PretrainedConfig = CONFIG_MAPPING[model_type].from_dict(dict(config))
+        kind = CONFIG_MAPPING[model_type]
+        parsed: PretrainedConfig = kind.from_dict(kind._decode_special_floats(dict(config)))
     except Exception as error:  # every config class validates in its own way
         raise CheckpointError(f"config.json is not a {model_type} config: {error}; download it again") from error
     return parsed

@@ -11,6 +11,11 @@ def _norm(name: str) -> Block:
     return Block(name, (Weight(f"{name}.weight"),), rigid=NORMED)
 
 
+def _projected(*names: str) -> Block:
+    """An embedding of another width than the stream: the first of ``names`` that is there begins the stream."""
+    return Block(names[0], tuple(Weight(f"{name}.weight") for name in names), rigid=NORMED)
+
+
 def _rooted(root: str, *model_types: str, head: str = "lm_head.decoder.weight") -> Architecture:
     return Architecture(
         model_types=model_types,
@@ -45,9 +50,15 @@ bert = (
     _rooted("bert", "bert", "big_bird", "bert-generation", head=_CLS),
     _rooted("roberta", "roberta", "camembert", "xlm-roberta"),
     _rooted("data2vec_text", "data2vec-text"),
-    _rooted("electra", "electra", head="generator_lm_head.weight"),
+    replace(
+        _rooted("electra", "electra", head="generator_lm_head.weight"),
+        embedding=_projected("electra.embeddings_project", "electra.embeddings.LayerNorm"),
+    ),
     _rooted("ernie", "ernie", head=_CLS),
-    _rooted("rembert", "rembert", head=_CLS),
+    replace(
+        _rooted("rembert", "rembert", head=_CLS),
+        embedding=_projected("rembert.encoder.embedding_hidden_mapping_in"),
+    ),
     _rooted("roc_bert", "roc_bert", head=_CLS),
     _rooted("roformer", "roformer", head=_CLS),
     _pre_norm(_rooted("bert", head=_CLS), "megatron-bert", _tables("bert", *_NAMES)),

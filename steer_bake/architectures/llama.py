@@ -24,12 +24,17 @@ MIXERS = (
 
 DENSE = tuple(Weight(f"mlp.{name}.weight") for name in ("down_proj", "dense_4h_to_h", "fc2", "c_proj"))
 #: The experts' outputs are weighted by the router, and qwen's shared expert by a gate: their biases are not whole.
+_MIXTRAL = "block_sparse_moe.experts.*.w2.weight"  # on disk; loading renames it
 SPARSE = (
     Weight("mlp.shared_experts.down_proj.weight"),
-    Weight("mlp.shared_mlp.down_proj.weight"),
+    Weight("mlp.shared_mlp.down_proj.weight", bias="mlp.shared_experts.down_proj.bias"),
     Weight("mlp.shared_expert.down_proj.weight", whole=False),
     Weight("mlp.experts.*.down_proj.weight", whole=False),
     Weight("mlp.experts.down_proj", axis=1, whole=False),
+    Weight("mlp.experts.fc2.weight", axis=2, whole=False),
+    Weight("block_sparse_moe.down_proj.weight"),
+    Weight("block_sparse_moe.shared_experts.down_proj.weight"),
+    Weight(_MIXTRAL, whole=False),
 )
 MLP = Block("mlp", (*DENSE, *SPARSE), unlock=("mlp_bias", "use_bias"))
 
@@ -59,9 +64,9 @@ def scaled_table(scale: Scale) -> Block:
 
 _LLAMA = Architecture(
     model_types=(
-        "llama", "apertus", "arcee", "aria_text", "axk2", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "deepseek_v32",
+        "llama", "arcee", "aria_text", "axk2", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "deepseek_v32",
         "dots1", "dots3_note_text", "ernie4_5", "ernie4_5_moe", "exaone_moe", "flint", "glm", "glm4_moe",
-        "glm4_moe_lite", "glm_moe_dsa", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "internlm3",
+        "glm4_moe_lite", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "internlm3",
         "iquestcoder", "jais2", "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "ministral",
         "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmoe", "persimmon", "phi3", "phimoe", "qwen2",
         "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "youtu",
@@ -70,16 +75,33 @@ _LLAMA = Architecture(
     attention=(ATTENTION,),
     mlp=(MLP,),
     middle="post_attention_layernorm",
+    value="self_attn.v_proj",
+    gate=("mlp.gate_proj", "mlp.up_proj"),
 )  # fmt: skip
+
+_APERTUS = replace(_LLAMA, model_types=("apertus",), middle="feedforward_layernorm")
 
 _DIFFLLAMA = replace(
     _LLAMA, model_types=("diffllama",), indexed="a layer's attention depends on the layer's number (lambda_init)"
 )
 
+_SHARED_INDEX = replace(
+    _LLAMA,
+    model_types=("glm_moe_dsa",),
+    indexed="layers attend to the positions that an earlier layer chose",
+)
+
 _HYBRID = replace(
     _LLAMA,
-    model_types=("bailing_hybrid", "kimi_linear", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+    model_types=("kimi_linear", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
     attention=(ATTENTION, *MIXERS),
+)
+
+_BAILING = replace(  # on disk the embedding and the attention have other names than in the class
+    _HYBRID,
+    model_types=("bailing_hybrid",),
+    embedding=Block("model.embed_tokens", (Weight("model.word_embeddings.weight", axis=1),)),
+    attention=(replace(ATTENTION, weights=(Weight("attention.dense.weight"),)),),
 )
 
 _GPT_OSS = replace(
@@ -89,7 +111,8 @@ _GPT_OSS = replace(
     mlp=(Block("mlp", (Weight("mlp.experts.down_proj", axis=2, bias="mlp.experts.down_proj_bias"),)),),
 )
 
-_GEMMA = replace(_LLAMA, model_types=("gemma", "vaultgemma"), embedding=scaled_table(root_of_width))
+_GEMMA = replace(_LLAMA, model_types=("gemma",), embedding=scaled_table(root_of_width))
+_VAULT_GEMMA = replace(_GEMMA, model_types=("vaultgemma",), middle="pre_feedforward_layernorm")
 
 _FEED_FORWARD = Block(
     "feed_forward",
@@ -148,7 +171,13 @@ _GRANITE_MOE = replace(
     mlp=tuple(
         scaled(block, residual_multiplier)
         for block in (
-            Block("block_sparse_moe", (Weight("block_sparse_moe.output_linear.weight", axis=1, whole=False),)),
+            Block(
+                "block_sparse_moe",
+                (
+                    Weight("block_sparse_moe.output_linear.weight", axis=1, whole=False),
+                    Weight("block_sparse_moe.experts.down_proj", axis=1, whole=False),
+                ),
+            ),
             Block("shared_mlp", (Weight("shared_mlp.output_linear.weight"),)),
         )
     ),
@@ -190,7 +219,7 @@ def _parallel_residual(config: Any) -> bool:
 
 _STABLELM = replace(_LLAMA, model_types=("stablelm",), parallel=_parallel_residual)
 
-_NANOCHAT = replace(_LLAMA, model_types=("nanochat",), embedding=replace(EMBEDDING, rigid=NORMED))
+_NANOCHAT = replace(_LLAMA, model_types=("nanochat",), embedding=replace(EMBEDDING, weights=(), rigid=NORMED))
 
 _MOSHI = replace(_LLAMA, model_types=("moshi",))
 
@@ -217,6 +246,6 @@ _JETMOE = replace(
 )
 
 llama = (
-    _LLAMA, _DIFFLLAMA, _HYBRID, _GPT_OSS, _GEMMA, _LLAMA4, _JAMBA, _LFM2, _FALCON_H1, _GRANITE, _GRANITE_MOE, _MINICPM3, _PARALLEL,
+    _LLAMA, _APERTUS, _DIFFLLAMA, _SHARED_INDEX, _HYBRID, _BAILING, _GPT_OSS, _GEMMA, _VAULT_GEMMA, _LLAMA4, _JAMBA, _LFM2, _FALCON_H1, _GRANITE, _GRANITE_MOE, _MINICPM3, _PARALLEL,
     _STABLELM, _NANOCHAT, _MOSHI, _RECURRENT_GEMMA, _JETMOE,
 )  # fmt: skip

@@ -35,7 +35,12 @@ _GEMMA2 = replace(
 )
 _GEMMA4 = replace(_OLMO2, model_types=("gemma4_unified_text",), embedding=_GEMMA2.embedding, middle=_GEMMA2.middle)
 _GLM4 = replace(_after("post_self_attn_layernorm", "post_mlp_layernorm", "glm4"), middle="post_attention_layernorm")
-_KOLIBRI = _after("post_self_attn_layernorm", "post_mlp_layernorm", "kolibri1")
+_KOLIBRI = replace(  # on disk the norms have other names than in the class
+    _OLMO2,
+    model_types=("kolibri1",),
+    attention=(replace(normed(ATTENTION, "post_attn_norm"), module="post_self_attn_layernorm"),),
+    mlp=(replace(normed(MLP, "post_ffn_norm"), module="post_mlp_layernorm"),),
+)
 _AFMOE = replace(_after("post_attention_layernorm", "post_mlp_layernorm", "afmoe"), middle="pre_mlp_layernorm")
 _HYPERCLOVAX = _after("post_norm1", "post_norm2", "hyperclovax")
 _LFM3 = _after("post_operator_norm", "post_ffn_norm", "lfm3")

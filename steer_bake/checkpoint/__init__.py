@@ -18,7 +18,7 @@ Untouched shards are linked, touched ones streamed, new tensors go into one extr
 from __future__ import annotations
 
 from .carry import FileRecord
-from .edit import Edit, plain_rounding, recompute
+from .edit import Diagonal, Edit, plain_rounding, recompute
 from .folder import Checkpoint
 from .header import TensorInfo
 from .publishing import check_room, publish
@@ -26,6 +26,7 @@ from .writing import write_edited
 
 __all__ = [
     "Checkpoint",
+    "Diagonal",
     "Edit",
     "FileRecord",
     "TensorInfo",

@@ -32,6 +32,16 @@ COPY = 64 << 20
 Rounding = Callable[[Tensor, torch.dtype, Affine, int], Tensor]
 
 
+@dataclass(frozen=True)
+class Diagonal:
+    """``value`` at ``(row + i, column + i)`` of a matrix for ``i`` in ``range(length)``."""
+
+    row: int
+    column: int
+    length: int
+    value: float
+
+
 @dataclass(frozen=True, eq=False)
 class Edit:
     """New content of one tensor: ``affine`` applied along ``axis`` to the tensor ``source`` (to zeros where None).
@@ -46,6 +56,9 @@ class Edit:
     affine: Affine
     axis: int = 0
     source: str | None = None
+    # Of a new matrix, zero but for what these say:
+    only: tuple[int, int] | None = None  # the vectors (columns for axis 0) that the shift goes to; None: all
+    diagonals: tuple[Diagonal, ...] = ()
 
 
 def plain_rounding(exact: Tensor, dtype: torch.dtype, affine: Affine, axis: int) -> Tensor:
@@ -133,6 +146,7 @@ class Slab:
     shape: tuple[int, int]
     axis: int  # of the two
     rounding: Rounding
+    first: int = 0  # of the rows of a matrix, the one that this piece begins with
 
     @property
     def size(self) -> int:
@@ -146,11 +160,8 @@ class Slab:
         """The new values, shape ``shape``, in the stored dtype; valid until ``memory`` is used again."""
         out_dtype = TORCH_DTYPES[self.dtype]
         if self.source is None:
-            values = memory.take("in", self.shape, out_dtype).zero_()
-            if not self.edit.affine.has_shift:
-                return values
-        else:
-            values = self._read(memory)
+            return self._new(memory.take("in", self.shape, out_dtype).zero_())
+        values = self._read(memory)
         out = values if values.dtype == out_dtype else memory.take("out", self.shape, out_dtype)
         group = BLOCK // self.edit.affine.width + 1 if self.rounding is plain_rounding else ROUNDED
         across = 1 - self.axis
@@ -158,6 +169,22 @@ class Slab:
             exact = self._exact(old, memory)
             new.copy_(self.rounding(exact, out_dtype, self.edit.affine, self.axis) if out_dtype.itemsize < 4 else exact)
         return out
+
+    def _new(self, values: Tensor) -> Tensor:
+        """What a tensor without a source holds, written over the zeros ``values``; rounded to nearest."""
+        if self.edit.affine.has_shift:
+            start, stop = self.edit.only or (0, values.shape[1 - self.axis])
+            shift = self.edit.affine.shift[None]
+            if values.dtype.itemsize < 4:
+                shift = self.rounding(shift, values.dtype, self.edit.affine, 1)
+            values.narrow(1 - self.axis, start, stop - start).copy_(_along(shift[0], self.axis))
+        for one in self.edit.diagonals:
+            skipped = max(0, self.first - one.row)
+            row, column = one.row + skipped - self.first, one.column + skipped
+            length = min(one.length - skipped, len(values) - row)
+            if length > 0:
+                values[row : row + length, column : column + length].fill_diagonal_(one.value)
+        return values
 
     def _exact(self, values: Tensor, memory: Workspace) -> Tensor:
         """The edit of ``values`` before it is rounded."""
@@ -209,6 +236,7 @@ def slabs(base: Checkpoint, edit: Edit, target: int, dtype: str, rounding: Round
             (width, inner) if inner > 1 else (min(rows, outer - start), width),
             0 if inner > 1 else 1,
             rounding,
+            0 if inner > 1 else start,
         )
 
 

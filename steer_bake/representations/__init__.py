@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from ..affine import Affine
-from ..architectures import Block, Layout, Weight
+from ..architectures import SLOTS, Block, Layout, Weight
 from ..checkpoint import Checkpoint, Edit
 from ..errors import NotFoldable
 from ..sites import Site
@@ -29,6 +29,7 @@ class Writer:
     weight: Weight
     block: Block
     bias: str | None  # the bias tensor on disk, where there is one
+    missing: str  # below the layer, in the class: the bias that it could have
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +53,8 @@ class Base:
         """What the names of the class begin with, and what those of this checkpoint begin with instead."""
         first = f"{self.layout.architecture.stack}.0."
         root, _, bare = first.partition(".")
-        wrapped = (f"{root}.language_model.{bare}", f"language_model.{first}", f"{root}.text_model.{bare}")
-        for candidate in (first, bare, *wrapped):
+        others = (f"{root}.language_model.", f"language_model.{root}.", f"{root}.text_model.", "backbone.")
+        for candidate in (first, bare, *(f"{other}{bare}" for other in others)):
             if any(name.startswith(candidate) for name in self.checkpoint.tensors):
                 return first.removesuffix(bare), candidate.removesuffix(bare)
         return "", ""
@@ -104,20 +105,18 @@ class Base:
         return any(name.startswith(f"{path}.") for name in self.skeleton)
 
     def _found(self, block: Block, weight: Weight, prefix: str, names: list[str]) -> list[Writer]:
-        if "*" not in weight.name:
-            tensor, bias = prefix + weight.name, prefix + weight.bias
-            return [Writer(tensor, weight, block, bias if self.has(bias) else None)] if self.has(tensor) else []
         found = []
         for tensor in fnmatch.filter(names, prefix + weight.name):
-            bias = tensor.removesuffix("weight") + "bias"
-            found.append(Writer(tensor, weight, block, bias if self.has(bias) else None))
+            stored = tensor.removesuffix("weight").rstrip("_") + "bias"
+            bias = next((one for one in (stored, prefix + weight.bias) if self.has(one)), None)
+            found.append(Writer(tensor, weight, block, bias, weight.bias))
         return found
 
     def tables(self) -> list[Writer]:
         """The weights of the embedding: the token table, then what else is added there."""
         block = self.layout.architecture.embedding
         return [
-            Writer(self.on_disk(weight.name), weight, block, bias if self.has(bias) else None)
+            Writer(self.on_disk(weight.name), weight, block, bias if self.has(bias) else None, "")
             for weight in block.weights
             for bias in [self.on_disk(weight.bias)]
         ]
@@ -139,9 +138,25 @@ class Base:
     def skeleton(self) -> Skeleton:
         return skeleton(self.layout.parsed)
 
+    def flags(self, block: Block) -> list[dict[str, Any]]:
+        """Changes of config.json of which one may give ``block`` its bias: single flags first, then all together."""
+        known = [flag for flag in block.unlock if hasattr(self.layout.text, flag)]
+        every = {
+            flag
+            for slot in SLOTS
+            for one in self.layout.architecture.blocks(slot)
+            for flag in one.unlock
+            if hasattr(self.layout.text, flag)
+        }
+        found = [self.layout.change({flag: True}) for flag in known]
+        return [*found, self.layout.change(dict.fromkeys(sorted(every), True))] if known and len(every) > 1 else found
+
     def unlocked(self, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         """What the class wants in addition after ``changes`` of the config; None where it wants anything else anew."""
-        after = skeleton(changed(self.layout.parsed, changes))
+        try:
+            after = skeleton(changed(self.layout.parsed, changes))
+        except Exception:  # a config class rejects a combination in its own way
+            return None
         if any(after.get(name) != shape for name, shape in self.skeleton.items()):
             return None
         return {name: shape for name, shape in after.items() if name not in self.skeleton}
@@ -177,15 +192,16 @@ class Extra:
 
     after: int  # the old layer that it follows; -1: before all
     like: int  # the old layer whose kind it is of
+    moved: frozenset[str] = frozenset()  # tensors of that old layer that go over to the inserted one
 
 
-#: Stands for the number of an inserted layer in the names of its tensors.
-NEW = "{new}"
+#: In names of tensors: for the number of an inserted layer, and for that of the old layer where tensors went over.
+NEW, KEPT = "{new}", "{kept}"
 
 
 @dataclass(frozen=True, eq=False)
 class Holding:
-    """How a piece is held."""
+    """How a piece is held. (What else a config change makes the class want, the planner adds as zeros.)"""
 
     edits: tuple[Edit, ...]
     config_changes: Mapping[str, Any] = field(default_factory=dict)

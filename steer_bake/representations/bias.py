@@ -1,7 +1,7 @@
 """A shift, held by the writer's bias: one it has already, or one that a config flag unlocks.
 
-A flag is global: it makes the class create the bias in *every* layer, and those of sibling projections with it. All of
-them are written, as zeros, or loaders fill them with whatever memory holds.
+A flag is global: it makes the class create the bias in *every* layer, and those of sibling projections with it. The
+planner writes all of them, as zeros, or loaders would fill them with whatever memory holds.
 """
 
 from __future__ import annotations
@@ -30,20 +30,15 @@ def bias(piece: Piece, base: Base) -> Holding | None:
 
 
 def _unlocked(writer: Writer, piece: Piece, base: Base) -> Holding | None:
-    """All biases that the flag creates, zero but for the writer's own."""
     assert piece.layer is not None
     assert piece.site is not None
-    wanted = f"{base.layout.layer(piece.layer)}.{writer.weight.bias}"
-    flags = [flag for flag in writer.block.unlock if hasattr(base.layout.text, flag)]
-    for flag in flags:
-        changes = base.layout.change({flag: True})
+    wanted = f"{base.layout.layer(piece.layer)}.{writer.missing}"
+    for changes in base.flags(writer.block):
         created = base.unlocked(changes)
         if created is None or wanted not in created:
             continue
         scale = writer.weight.scale(base.layout.text)
-        shift = piece.affine.divided_by(scale)
-        edits = tuple(
-            base.new(base.on_disk(name), shape, shift if name == wanted else None) for name, shape in created.items()
-        )
-        return Holding(edits, changes, (Constant(base.on_disk(wanted), piece.site, scale),))
+        name = base.on_disk(wanted)
+        edit = base.new(name, created[wanted], piece.affine.divided_by(scale))
+        return Holding((edit,), changes, (Constant(name, piece.site, scale),))
     return None

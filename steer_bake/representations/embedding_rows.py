@@ -11,7 +11,15 @@ from . import Base, Constant, Holding, Piece, Writer
 def embedding_rows(piece: Piece, base: Base) -> Holding | None:
     if piece.part != "embedding":
         return None
-    table, *others = base.tables()
+    tables = base.tables()
+    if not tables:
+        raise NotFoldable(
+            f"a {base.layout.model_type} model normalises its embedding before the stream begins, without a bias: "
+            "nothing has an exact home there"
+        )
+    table, *others = tables
+    if table.weight.axis == 0:
+        table = next((one for one in tables if base.has(one.tensor)), table)
     if not base.has(table.tensor):
         raise CheckpointError(f"the checkpoint has no embedding table {table.tensor!r}; is it complete?")
     if piece.affine.is_linear and table.block.rigid:
@@ -34,7 +42,16 @@ def embedding_rows(piece: Piece, base: Base) -> Holding | None:
             )
         return Holding(tuple(edits))
     untied = Edit(head, edit.shape, edit.dtype, Affine.identity(piece.affine.width), 1, source=table.tensor)
-    return Holding((*edits, untied), base.layout.untied())
+    return Holding((*edits, untied, *_head_bias(head, base)), base.layout.untied())
+
+
+def _head_bias(head: str, base: Base) -> list[Edit]:
+    """BERT's head shares its bias with the module around it; untied, each has a copy."""
+    own, shared = head.removesuffix("weight") + "bias", head.removesuffix(".decoder.weight") + ".bias"
+    if own == shared or base.has(own) or not base.has(shared):
+        return []
+    known = base.checkpoint.tensors[shared]
+    return [Edit(own, known.shape, known.dtype, Affine.identity(known.shape[0]), source=shared)]
 
 
 def _linear(affine: Affine, others: list[Writer], base: Base) -> list[Edit]:
