@@ -46,11 +46,27 @@ class Weight:
     axis: int = 0  # the residual axis: 0 for a Linear [d, in], 1 for an embedding [vocab, d] or a Conv1D [in, d]
     bias: str = ""  # what the class calls its bias, [d] or [experts, d]; by default the name with "bias" for "weight"
     whole: bool = True  # its bias reaches the stream once, unweighted; not so behind a gate or a router
+    mixed: bool = False  # of routed experts: their weights sum to 1, so that what all of them write is whole
     scale: Scale = unscaled  # the stream gets this times what the tensor writes
     offset: float = 0.0  # of a norm: it multiplies by this plus the tensor
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bias", self.bias or self.name.removesuffix("weight").rstrip("_") + "bias")
+
+
+#: By the last name of a gated MLP's writer: gate and up before it, or both in one tensor.
+_GATES = {
+    "down_proj": (("gate_proj", "up_proj"), ("gate_up_proj",)),
+    "w2": (("w1", "w3"),),
+    "fc2": (("fc1",),),
+    "output_linear": (("input_linear",),),
+}
+
+
+def gates(name: str) -> tuple[tuple[str, ...], ...]:
+    """The tensors that may stand before the writer ``name`` of a gated MLP, as alternatives."""
+    path, _, last = name.removesuffix(".weight").rpartition(".")
+    return tuple(tuple(f"{path}.{one}.weight" for one in pair) for pair in _GATES.get(last, ()))
 
 
 @dataclass(frozen=True)
@@ -83,7 +99,7 @@ class Architecture:
     indexed: str = ""  # why no layer may be inserted: what depends on a layer's number
     # What an inserted layer can be made of, where no writer has a bias; names below the layer
     value: str = ""  # the attention's value projection
-    gate: tuple[str, ...] = ()  # the first layer of a gated MLP: gate and up, or both in one, gate first
+    unit: float = 1.0  # the weight with which the norm before the MLP has gain 1
 
     def blocks(self, slot: str) -> tuple[Block, ...]:
         return self.attention if slot == "attention" else self.mlp

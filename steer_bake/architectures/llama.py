@@ -67,8 +67,9 @@ _LLAMA = Architecture(
         "llama", "arcee", "aria_text", "axk2", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "deepseek_v32",
         "dots1", "dots3_note_text", "ernie4_5", "ernie4_5_moe", "exaone_moe", "flint", "glm", "glm4_moe",
         "glm4_moe_lite", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "internlm3",
-        "iquestcoder", "jais2", "laguna", "mellum", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl_text", "ministral",
-        "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmoe", "persimmon", "phi3", "phimoe", "qwen2",
+        "iquestcoder", "jais2", "laguna", "mellum", "mimo_v2_flash", "minimax_m3_vl_text", "ministral",
+        "ministral3", "mistral", "nemotron", "olmo", "olmoe", "persimmon", "phi3", "phimoe",
+        "qwen2",
         "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "youtu",
     ),
     embedding=EMBEDDING,
@@ -76,8 +77,13 @@ _LLAMA = Architecture(
     mlp=(MLP,),
     middle="post_attention_layernorm",
     value="self_attn.v_proj",
-    gate=("mlp.gate_proj", "mlp.up_proj"),
 )  # fmt: skip
+
+_MIXTRAL_LIKE = replace(
+    _LLAMA,
+    model_types=("mixtral", "minimax_m2"),
+    mlp=(Block("mlp", (Weight(_MIXTRAL, whole=False, mixed=True),)),),
+)
 
 _APERTUS = replace(_LLAMA, model_types=("apertus",), middle="feedforward_layernorm")
 
@@ -246,6 +252,7 @@ _JETMOE = replace(
 )
 
 llama = (
-    _LLAMA, _APERTUS, _DIFFLLAMA, _SHARED_INDEX, _HYBRID, _BAILING, _GPT_OSS, _GEMMA, _VAULT_GEMMA, _LLAMA4, _JAMBA, _LFM2, _FALCON_H1, _GRANITE, _GRANITE_MOE, _MINICPM3, _PARALLEL,
-    _STABLELM, _NANOCHAT, _MOSHI, _RECURRENT_GEMMA, _JETMOE,
+    _LLAMA, _MIXTRAL_LIKE, _APERTUS, _DIFFLLAMA, _SHARED_INDEX, _HYBRID, _BAILING, _GPT_OSS, _GEMMA, _VAULT_GEMMA,
+    _LLAMA4, _JAMBA, _LFM2, _FALCON_H1, _GRANITE, _GRANITE_MOE, _MINICPM3, _PARALLEL, _STABLELM, _NANOCHAT, _MOSHI,
+    _RECURRENT_GEMMA, _JETMOE,
 )  # fmt: skip

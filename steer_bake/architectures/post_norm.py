@@ -24,7 +24,8 @@ def normed(block: Block, name: str, offset: float = 0.0) -> Block:
 
 
 def _after(attention: str, mlp: str, *model_types: str, offset: float = 0.0) -> Architecture:
-    return Architecture(model_types, EMBEDDING, (normed(ATTENTION, attention, offset),), (normed(MLP, mlp, offset),))
+    blocks = (normed(ATTENTION, attention, offset),), (normed(MLP, mlp, offset),)
+    return Architecture(model_types, EMBEDDING, *blocks, value="self_attn.v_proj")
 
 
 _OLMO2 = _after("post_attention_layernorm", "post_feedforward_layernorm", "exaone4", "flex_olmo", "olmo2", "olmo3")

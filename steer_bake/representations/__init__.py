@@ -207,3 +207,4 @@ class Holding:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     constants: tuple[Constant, ...] = ()
     extra: Extra | None = None
+    note: str = ""  # what the plan should say of it

@@ -10,100 +10,35 @@ In the middle of a layer the layer is split: the first half keeps its attention,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from ..affine import Affine
-from ..checkpoint import Edit
+from ..architectures import Weight, gates
 from ..errors import NotFoldable
-from . import KEPT, NEW, Base, Constant, Extra, Holding, Piece, Writer
+from . import Base, Holding, Piece, Writer
+from ._inserted import Filled, Inserted
 
 #: What a norm is given to make ones of: so large that its epsilon does not show.
 _LOUD = 64.0
 
 
 def carrier(piece: Piece, base: Base) -> Holding | None:
-    if piece.part != "shift" or piece.site is None or piece.layer is None:
+    layer = Inserted.behind(piece, base)
+    if layer is None:
         return None
-    reason = base.layout.architecture.indexed
-    if reason:
-        raise NotFoldable(f"a {base.layout.model_type} model takes no additional layer: {reason}")
-    here = _Layer(piece.layer, base, split=piece.site.point == "resid_mid")
-    slots = ("attention",) if here.split else ("attention", "mlp")
-    for writer in [one for slot in slots for one in base.writers(slot, piece.layer)]:
-        for constant in _constants(writer, piece.affine, here):
-            return here.holding(constant, replace(constant.constant, site=piece.site))
+    slots = ("attention",) if layer.split else ("attention", "mlp")
+    for writer in [one for slot in slots for one in base.writers(slot, layer.number)]:
+        for filled in _constants(writer, piece.affine, layer):
+            return layer.holding(filled)
     raise NotFoldable(
         f"no writer of a {base.layout.model_type} layer could hold the vector in an additional layer: none has a bias, "
         "and no config flag creates one"
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Filled:
-    """What is not zero in the additional layer, by name below it, and what its class must be told."""
-
-    tensors: dict[str, Edit]
-    changes: dict[str, object]
-    constant: Constant  # its tensor: a name below the layer
-
-
-@dataclass(frozen=True, eq=False)
-class _Layer:
-    """The layer that the additional one is like, and is put behind."""
-
-    number: int
-    base: Base
-    split: bool
-
-    @property
-    def prefix(self) -> str:
-        return self.base.prefix(self.number)
-
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of the tensor ``name`` below this layer; None where the checkpoint has none."""
-        info = self.base.checkpoint.tensors.get(self.prefix + name)
-        return None if info is None else info.shape
-
-    def bias(self, stored: str, missing: str) -> tuple[str, tuple[int, ...], dict[str, object]] | None:
-        """The name below the layer, the shape and the config changes of a bias that the checkpoint or a flag has."""
-        found = self.shape(stored)
-        if found is not None:
-            return stored, found, {}
-        for block in [one for slot in ("attention", "mlp") for one in self.base.layout.architecture.blocks(slot)]:
-            for changes in self.base.flags(block):
-                created = self.base.unlocked(changes) or {}
-                wanted = f"{self.base.layout.layer(self.number)}.{missing}"
-                if wanted in created:
-                    return missing, created[wanted], changes
-        return None
-
-    def holding(self, filled: _Filled, constant: Constant) -> Holding:
-        base, stack = self.base, self.base.on_disk(self.base.layout.architecture.stack)
-        names = {name.removeprefix(self.prefix) for name in base.layer_tensors(self.number)}
-        second = {name for name in names if self.split and self._of_mlp(name)}
-        edits = [replace(edit, tensor=f"{stack}.{NEW}.{name}") for name, edit in filled.tensors.items()]
-        for name in sorted(names - second - {*filled.tensors}):
-            edits.append(base.new(f"{stack}.{NEW}.{name}", self.shape(name) or ()))
-        for name in sorted(second):
-            edits.append(base.new(f"{stack}.{KEPT}.{name}", self.shape(name) or ()))
-        moved = frozenset(self.prefix + name for name in second)
-        extra = Extra(self.number, self.number, moved)
-        held = replace(constant, tensor=f"{stack}.{NEW}.{constant.tensor}")
-        return Holding(tuple(edits), filled.changes, (held,), extra)
-
-    def _of_mlp(self, name: str) -> bool:
-        """Whether a tensor belongs to the half of the layer that reads resid_mid."""
-        architecture = self.base.layout.architecture
-        blocks = [block.module for block in architecture.mlp] + [
-            one.name for block in architecture.mlp for one in (*block.weights, *block.inner)
-        ]
-        heads = {architecture.middle, *(path.partition(".")[0] for path in blocks)} - {""}
-        return name.partition(".")[0] in heads
-
-
-def _constants(writer: Writer, affine: Affine, layer: _Layer) -> Iterator[_Filled]:
+def _constants(writer: Writer, affine: Affine, layer: Inserted) -> Iterator[Filled]:
     """Ways to make ``writer``'s sublayer put out the shift of ``affine`` whatever it reads."""
     if writer.block.inner:
         yield from _behind_norm(writer, affine, layer)
@@ -115,11 +50,11 @@ def _constants(writer: Writer, affine: Affine, layer: _Layer) -> Iterator[_Fille
     bias = layer.bias((writer.bias or "").removeprefix(layer.prefix), writer.missing)
     if bias is not None:
         name, shape, changes = bias
-        yield _Filled({name: layer.base.new("", shape, own)}, changes, _at(name, scale))
+        yield Filled({name: layer.base.new("", shape, own)}, name, scale, changes)
     yield from _through_values(writer, own, scale, layer)
 
 
-def _through_values(writer: Writer, affine: Affine, scale: float, layer: _Layer) -> Iterator[_Filled]:
+def _through_values(writer: Writer, affine: Affine, scale: float, layer: Inserted) -> Iterator[Filled]:
     """Attention weights sum to 1: a value that is everywhere 1 is 1 after attention, and one column carries on."""
     value, name = layer.base.layout.architecture.value, writer.weight.name
     inside, shape = layer.shape(f"{value}.weight"), layer.shape(name)
@@ -131,10 +66,10 @@ def _through_values(writer: Writer, affine: Affine, scale: float, layer: _Layer)
         first[0] = 1.0
         one = layer.base.new("", inside[:1], replace(Affine.identity(inside[0]), shift=first))
         column = replace(layer.base.new("", shape, affine), axis=writer.weight.axis, only=(0, 1))
-        yield _Filled({bias[0]: one, name: column}, bias[2], _at(name, scale))
+        yield Filled({bias[0]: one, name: column}, name, scale, bias[2])
 
 
-def _behind_norm(writer: Writer, affine: Affine, layer: _Layer) -> Iterator[_Filled]:
+def _behind_norm(writer: Writer, affine: Affine, layer: Inserted) -> Iterator[Filled]:
     """The norm at the sublayer's end turns any constant times ones into ones, and multiplies by its weight."""
     width = layer.base.layout.width
     ones = replace(Affine.identity(width), shift=torch.full((width,), _LOUD))
@@ -151,13 +86,18 @@ def _behind_norm(writer: Writer, affine: Affine, layer: _Layer) -> Iterator[_Fil
             stored if layer.base.has(stored) else None,
             inner.bias,
         )
-        for found in _constants(behind, ones, layer):
-            yield replace(
-                found, tensors={**found.tensors, writer.weight.name: norm}, constant=_at(writer.weight.name, 1.0)
-            )
+        loud = [*_constants(behind, ones, layer), *_positive(inner, ones, layer)]
+        for found in loud:
+            yield Filled({**found.tensors, writer.weight.name: norm}, writer.weight.name, 1.0, found.changes)
 
 
-def _at(name: str, scale: float) -> Constant:
-    from ..sites import Site
-
-    return Constant(name, Site("resid_post", 0), scale)
+def _positive(inner: Weight, ones: Affine, layer: Inserted) -> Iterator[Filled]:
+    """A gated MLP whose gate and up are the same puts out a sum of ``t act(t)``, which is never negative."""
+    shape = layer.shape(inner.name)
+    for names in gates(inner.name):
+        inside = layer.shape(names[0])
+        if shape is None or inside is None or len(names) != 2 or layer.shape(names[1]) != inside:
+            continue
+        same = layer.base.edit(layer.prefix + names[0], Affine.identity(inside[1]), 1)
+        down = replace(layer.base.new("", shape, ones), axis=inner.axis)
+        yield Filled({**dict.fromkeys(names, same), inner.name: down}, inner.name)

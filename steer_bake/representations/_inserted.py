@@ -1,0 +1,103 @@
+"""An additional decoder layer, like an old one in kind, zero but for what is filled in."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, field, replace
+
+from ..checkpoint import Edit
+from ..errors import NotFoldable
+from ..sites import Site
+from . import KEPT, NEW, Base, Constant, Extra, Holding, Piece
+
+
+@dataclass(frozen=True, eq=False)
+class Filled:
+    """What is not zero in the layer, and where in it the vector is held."""
+
+    tensors: dict[str, Edit]  # by name below the layer
+    holds: str  # of these, the one that holds the vector
+    scale: float = 1.0  # the stream gets this times that tensor
+    changes: dict[str, object] = field(default_factory=dict)  # of config.json
+    note: str = ""  # what the plan should say of it
+
+
+@dataclass(frozen=True, eq=False)
+class Inserted:
+    """The layer that the additional one is like and is put behind.
+
+    In the middle of a layer that layer is split: the first half keeps its attention, the second one its MLP.
+    """
+
+    number: int
+    base: Base
+    site: Site  # where the vector enters the stream
+
+    @property
+    def prefix(self) -> str:
+        return self.base.prefix(self.number)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the tensor ``name`` below this layer; None where the checkpoint has none."""
+        info = self.base.checkpoint.tensors.get(self.prefix + name)
+        return None if info is None else info.shape
+
+    def matching(self, pattern: str) -> list[str]:
+        """The tensors below this layer that ``pattern`` names."""
+        return [
+            name.removeprefix(self.prefix)
+            for name in fnmatch.filter(self.base.layer_tensors(self.number), self.prefix + pattern)
+        ]
+
+    def bias(self, stored: str, missing: str) -> tuple[str, tuple[int, ...], dict[str, object]] | None:
+        """The name below the layer, the shape and the config changes of a bias that the checkpoint or a flag has."""
+        found = self.shape(stored)
+        if found is not None:
+            return stored, found, {}
+        for block in [one for slot in ("attention", "mlp") for one in self.base.layout.architecture.blocks(slot)]:
+            for changes in self.base.flags(block):
+                created = self.base.unlocked(changes) or {}
+                wanted = f"{self.base.layout.layer(self.number)}.{missing}"
+                if wanted in created:
+                    return missing, created[wanted], changes
+        return None
+
+    @classmethod
+    def behind(cls, piece: Piece, base: Base) -> Inserted | None:
+        """For a shift of the stream; None for any other piece.
+
+        Raises:
+            NotFoldable: the architecture takes no additional layer.
+        """
+        if piece.part != "shift" or piece.site is None or piece.layer is None:
+            return None
+        reason = base.layout.architecture.indexed
+        if reason:
+            raise NotFoldable(f"a {base.layout.model_type} model takes no additional layer: {reason}")
+        return cls(piece.layer, base, piece.site)
+
+    @property
+    def split(self) -> bool:
+        return self.site.point == "resid_mid"
+
+    def holding(self, filled: Filled) -> Holding:
+        base, stack = self.base, self.base.on_disk(self.base.layout.architecture.stack)
+        names = {name.removeprefix(self.prefix) for name in base.layer_tensors(self.number)}
+        second = {name for name in names if self.split and self._of_mlp(name)}
+        edits = [replace(edit, tensor=f"{stack}.{NEW}.{name}") for name, edit in filled.tensors.items()]
+        for name in sorted(names - second - {*filled.tensors}):
+            edits.append(base.new(f"{stack}.{NEW}.{name}", self.shape(name) or ()))
+        for name in sorted(second):
+            edits.append(base.new(f"{stack}.{KEPT}.{name}", self.shape(name) or ()))
+        extra = Extra(self.number, self.number, frozenset(self.prefix + name for name in second))
+        constant = Constant(f"{stack}.{NEW}.{filled.holds}", self.site, filled.scale)
+        return Holding(tuple(edits), filled.changes, (constant,), extra, filled.note)
+
+    def _of_mlp(self, name: str) -> bool:
+        """Whether a tensor belongs to the half of the layer that reads resid_mid."""
+        architecture = self.base.layout.architecture
+        blocks = [block.module for block in architecture.mlp] + [
+            one.name for block in architecture.mlp for one in (*block.weights, *block.inner)
+        ]
+        heads = {architecture.middle, *(path.partition(".")[0] for path in blocks)} - {""}
+        return name.partition(".")[0] in heads
