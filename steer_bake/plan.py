@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from . import architectures, registry
 from .affine import Affine, compose
 from .architectures import SLOTS
 from .checkpoint import Checkpoint, Edit
-from .depth import deepened
-from .errors import CheckpointError, NotFoldable, RecipeError
+from .draft import Draft
+from .errors import CheckpointError, NotFoldable, RecipeError, did_you_mean
 from .interventions import Intervention, in_forward_order
-from .representations import KEPT, NEW, Base, Constant, Extra, Holding, Piece
+from .representations import Base, Constant, Holding, Piece
 from .sites import Site
 
 
@@ -31,6 +31,10 @@ class Decision:
     part: str  # "weight", "bias" or "embedding"
     representation: str
     interventions: tuple[str, ...]  # "add at resid_post.14"
+    parameters: int = 0  # that it adds to the model
+    layers: int = 0
+    others: tuple[str, ...] = ()  # representations that would be exact as well
+    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +46,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     edits: tuple[Edit, ...]  # one per tensor
     config_changes: Mapping[str, Any]
+    prefer: str = "smallest"
     constants: tuple[Constant, ...] = ()  # the tensors whose rounding is a constant of the stream
     rename: Mapping[str, str] = field(default_factory=dict)  # tensors of the base that get a new number
     order: tuple[int, ...] = ()  # where layers were inserted: for each new layer, the old one that it is or is like
@@ -57,9 +62,19 @@ class Plan:
             "model_type": self.model_type,
             "interventions": [describe(one) for one in self.interventions],
             "decisions": [
-                {"write": d.write, "part": d.part, "representation": d.representation, "for": list(d.interventions)}
+                {
+                    "write": d.write,
+                    "part": d.part,
+                    "representation": d.representation,
+                    "for": list(d.interventions),
+                    "parameters": d.parameters,
+                    "layers": d.layers,
+                    "others": list(d.others),
+                    "note": d.note,
+                }
                 for d in self.decisions
             ],
+            "prefer": self.prefer,
             "config_changes": dict(self.config_changes),
             **({"layers": list(self.order), "renamed": len(self.rename)} if self.order else {}),
             "edits": [
@@ -93,14 +108,29 @@ def describe(intervention: Intervention) -> dict[str, Any]:
     }
 
 
-def make_plan(base: Checkpoint, interventions: Iterable[Intervention]) -> Plan:
+#: What to prefer where several representations hold a shift exactly; each maps (parameters added, holding) to a rank.
+PREFERENCES: dict[str, Callable[[int, Holding], tuple[int, ...]]] = {
+    "smallest": lambda size, holding: (size,),
+    "bit_exact": lambda size, holding: (not holding.bit_exact, size),
+    "widest_loading": lambda size, holding: (holding.demands, size),
+    "keep_class": lambda size, holding: (size,),
+}
+
+
+def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: str = "smallest") -> Plan:
     """Decide how ``interventions`` are held by ``base``.
+
+    ``prefer``, where several representations are exact: ``"smallest"`` the fewest new parameters, ``"bit_exact"`` the
+    hook's own rounding in the storage dtype, ``"widest_loading"`` what most runtimes implement, ``"keep_class"`` the
+    smallest that keeps the declared model class.
 
     Raises:
         NotFoldable: a site and operation without an exact home; the message says which would work.
         RecipeError: a vector's width or a layer that does not fit the model, or no intervention at all.
         UnknownArchitecture: no file in architectures/ claims the model type.
     """
+    if prefer not in PREFERENCES:
+        raise RecipeError(f"unknown preference {prefer!r}: {did_you_mean(prefer, PREFERENCES)}")
     view = Base(base, architectures.layout(base.config))
     ordered = in_forward_order(interventions)
     if not ordered:
@@ -112,105 +142,26 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention]) -> Plan:
             if not affine.is_identity:
                 reaching.setdefault(where, []).append((intervention, affine))
 
-    draft = _Draft()
+    draft = Draft(view)
     decisions = []
     for where, found in reaching.items():
         because = tuple(f"{one.name} at {one.site}" for one, _ in found)
         affine = compose((affine for _, affine in found), view.layout.width)
         for piece in _pieces(where, affine, view):
-            name, holding = _held(piece, view)
-            decisions.append(Decision(str(where), piece.part, name, because))
+            options = held(piece, view)
+            sizes = {name: draft.size(holding) for name, holding in options.items()}
+            name = min(options, key=lambda one: PREFERENCES[prefer](sizes[one], options[one]))
+            others = tuple(one for one in options if one != name)
+            holding = options[name]
+            layers = int(holding.extra is not None)
+            decisions.append(Decision(str(where), piece.part, name, because, sizes[name], layers, others, holding.note))
             draft.add(holding)
-    draft.complete(view)
-    return Plan(str(base.config["model_type"]), tuple(ordered), tuple(decisions), *draft.numbered(view))
-
-
-@dataclass
-class _Draft:
-    """What the holdings chosen so far amount to."""
-
-    edits: dict[str, Edit] = field(default_factory=dict)
-    config_changes: dict[str, Any] = field(default_factory=dict)
-    constants: list[Constant] = field(default_factory=list)
-    extras: list[tuple[Extra, str]] = field(default_factory=list)  # and what its number is written as so far
-
-    def add(self, holding: Holding) -> None:
-        mark = f"+{len(self.extras)}"
-        if holding.extra is not None:
-            self.extras.append((holding.extra, mark))
-        _merge(self.config_changes, holding.config_changes)
-
-        def named(name: str) -> str:
-            return name.replace(NEW, mark).replace(KEPT, f"{mark}-")
-
-        self.constants += [replace(one, tensor=named(one.tensor)) for one in holding.constants]
-        for edit in holding.edits:
-            name = named(edit.tensor)
-            before = self.edits.get(name)
-            affine = edit.affine if before is None else before.affine.then(edit.affine)
-            self.edits[name] = replace(edit, tensor=name, affine=affine)
-
-    def complete(self, base: Base) -> None:
-        """Write what else the class wants after the config changes, in old and inserted layers: zeros.
-
-        Raises:
-            NotFoldable: together the changes make the class want something else than additional tensors.
-        """
-        created = base.unlocked(self.config_changes)
-        if created is None:
-            raise NotFoldable(
-                f"the {base.layout.model_type} class does not take these config changes together: "
-                f"{self.config_changes}; bake fewer sites, or sites of one kind"
-            )
-        stack = base.layout.architecture.stack
-        for name, shape in created.items():
-            names = [base.on_disk(name)]
-            for extra, mark in self.extras:
-                if name.startswith(f"{base.layout.layer(extra.like)}."):
-                    inside = name.removeprefix(f"{base.layout.layer(extra.like)}.")
-                    names.append(f"{base.on_disk(stack)}.{mark}.{inside}")
-            for one in names:
-                self.edits.setdefault(one, base.new(one, shape))
-
-    def numbered(
-        self, base: Base
-    ) -> tuple[tuple[Edit, ...], dict[str, Any], tuple[Constant, ...], dict[str, str], tuple[int, ...]]:
-        """Edits, config changes and constants under the final numbers of the layers, the new names, and the order."""
-        if not self.extras:
-            return tuple(self.edits.values()), self.config_changes, tuple(self.constants), {}, ()
-        order: list[int] = []
-        numbers: dict[str, int] = {}  # by how a layer is written so far
-        for old in range(-1, base.layers):
-            if old >= 0:
-                numbers[str(old)] = len(order)
-                order.append(old)
-            here = [(extra, mark) for extra, mark in self.extras if extra.after == old]
-            for extra, mark in sorted(here, key=lambda one: not one[0].moved):  # the second half of a layer comes first
-                numbers[mark], numbers[f"{mark}-"] = len(order), numbers.get(str(old), 0)
-                order.append(extra.like)
-        stack = base.on_disk(base.layout.architecture.stack)
-        gone = {name: mark for extra, mark in self.extras for name in extra.moved}
-
-        def final(name: str) -> str:
-            if not name.startswith(f"{stack}."):
-                return name
-            written, _, rest = name.removeprefix(f"{stack}.").partition(".")
-            return f"{stack}.{numbers[gone.get(name, written)]}.{rest}"
-
-        renamed = {name: final(name) for old in range(base.layers) for name in base.layer_tensors(old)}
-        rename = {old: new for old, new in renamed.items() if old != new}
-        edits = tuple(replace(edit, tensor=final(edit.tensor)) for edit in self.edits.values())
-        constants = tuple(replace(one, tensor=final(one.tensor)) for one in self.constants)
-        _merge(self.config_changes, deepened(base.layout, order))
-        return edits, self.config_changes, constants, rename, tuple(order)
-
-
-def _merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = dict(value) if isinstance(value, Mapping) else value
+    draft.complete()
+    edits, config_changes, constants, rename, order = draft.numbered()
+    return Plan(
+        str(base.config["model_type"]), tuple(ordered), tuple(decisions), edits, config_changes, prefer, constants,
+        rename, order,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -298,8 +249,13 @@ def _pieces(where: _Where, affine: Affine, base: Base) -> list[Piece]:
     return pieces
 
 
-def _held(piece: Piece, base: Base) -> tuple[str, Holding]:
-    reasons = []
+def held(piece: Piece, base: Base) -> dict[str, Holding]:
+    """Every representation that holds ``piece`` exactly, by name.
+
+    Raises:
+        NotFoldable: none does; the message has the reason of each.
+    """
+    reasons, found = [], {}
     for name, representation in registry.load_all("representations").items():
         try:
             holding = representation(piece, base)
@@ -307,9 +263,11 @@ def _held(piece: Piece, base: Base) -> tuple[str, Holding]:
             reasons.append(str(reason))
             continue
         if holding is not None:
-            return name, holding
-    works = "; ablation at 'writes' or 'writers' works, and so does 'resid_pre.0'" if piece.part == "shift" else ""
-    raise NotFoldable(("; ".join(reasons) or f"no representation holds the {piece.part} at {piece.site}") + works)
+            found[name] = holding
+    if not found:
+        works = "; ablation at 'writes' or 'writers' works, and so does 'resid_pre.0'" if piece.part == "shift" else ""
+        raise NotFoldable(("; ".join(reasons) or f"no representation holds the {piece.part} at {piece.site}") + works)
+    return found
 
 
 def _change(edit: Edit) -> str:

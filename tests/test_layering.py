@@ -24,6 +24,7 @@ LAYERS = (
     ),
     ("architectures", "interventions", "estimators", "judges"),
     ("depth", "representations"),
+    ("draft",),
     ("activations", "steering", "plan", "recipe"),
     ("manifest",),
     ("targets",),

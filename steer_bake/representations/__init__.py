@@ -207,4 +207,6 @@ class Holding:
     config_changes: Mapping[str, Any] = field(default_factory=dict)
     constants: tuple[Constant, ...] = ()
     extra: Extra | None = None
+    bit_exact: bool = False  # in the storage dtype too, it performs the hook's own addition
+    demands: int = 0  # 1: runtimes must implement a bias that this family usually has not; 2: a class of another family
     note: str = ""  # what the plan should say of it

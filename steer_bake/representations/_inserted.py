@@ -19,6 +19,7 @@ class Filled:
     holds: str  # of these, the one that holds the vector
     scale: float = 1.0  # the stream gets this times that tensor
     changes: dict[str, object] = field(default_factory=dict)  # of config.json
+    bit_exact: bool = False
     note: str = ""  # what the plan should say of it
 
 
@@ -29,9 +30,10 @@ class Inserted:
     In the middle of a layer that layer is split: the first half keeps its attention, the second one its MLP.
     """
 
-    number: int
+    number: int  # of the old layer
     base: Base
     site: Site  # where the vector enters the stream
+    after: int  # the old layer that the new one comes after; -1: before all
 
     @property
     def prefix(self) -> str:
@@ -69,12 +71,15 @@ class Inserted:
         Raises:
             NotFoldable: the architecture takes no additional layer.
         """
-        if piece.part != "shift" or piece.site is None or piece.layer is None:
+        first = piece.part == "embedding" and not piece.affine.is_linear
+        if piece.site is None or not (first or piece.part == "shift"):
             return None
         reason = base.layout.architecture.indexed
         if reason:
             raise NotFoldable(f"a {base.layout.model_type} model takes no additional layer: {reason}")
-        return cls(piece.layer, base, piece.site)
+        if piece.layer is None:
+            return cls(0, base, piece.site, -1)
+        return cls(piece.layer, base, piece.site, piece.layer)
 
     @property
     def split(self) -> bool:
@@ -89,9 +94,17 @@ class Inserted:
             edits.append(base.new(f"{stack}.{NEW}.{name}", self.shape(name) or ()))
         for name in sorted(second):
             edits.append(base.new(f"{stack}.{KEPT}.{name}", self.shape(name) or ()))
-        extra = Extra(self.number, self.number, frozenset(self.prefix + name for name in second))
+        extra = Extra(self.after, self.number, frozenset(self.prefix + name for name in second))
         constant = Constant(f"{stack}.{NEW}.{filled.holds}", self.site, filled.scale)
-        return Holding(tuple(edits), filled.changes, (constant,), extra, filled.note)
+        return Holding(
+            tuple(edits),
+            filled.changes,
+            (constant,),
+            extra,
+            bit_exact=filled.bit_exact,
+            demands=int(bool(filled.changes)),
+            note=filled.note,
+        )
 
     def _of_mlp(self, name: str) -> bool:
         """Whether a tensor belongs to the half of the layer that reads resid_mid."""

@@ -40,5 +40,5 @@ def _unlocked(writer: Writer, piece: Piece, base: Base) -> Holding | None:
         scale = writer.weight.scale(base.layout.text)
         name = base.on_disk(wanted)
         edit = base.new(name, created[wanted], piece.affine.divided_by(scale))
-        return Holding((edit,), changes, (Constant(name, piece.site, scale),))
+        return Holding((edit,), changes, (Constant(name, piece.site, scale),), demands=1)
     return None

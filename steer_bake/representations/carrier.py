@@ -50,7 +50,7 @@ def _constants(writer: Writer, affine: Affine, layer: Inserted) -> Iterator[Fill
     bias = layer.bias((writer.bias or "").removeprefix(layer.prefix), writer.missing)
     if bias is not None:
         name, shape, changes = bias
-        yield Filled({name: layer.base.new("", shape, own)}, name, scale, changes)
+        yield Filled({name: layer.base.new("", shape, own)}, name, scale, changes, bit_exact=scale == 1.0)
     yield from _through_values(writer, own, scale, layer)
 
 
@@ -66,7 +66,7 @@ def _through_values(writer: Writer, affine: Affine, scale: float, layer: Inserte
         first[0] = 1.0
         one = layer.base.new("", inside[:1], replace(Affine.identity(inside[0]), shift=first))
         column = replace(layer.base.new("", shape, affine), axis=writer.weight.axis, only=(0, 1))
-        yield Filled({bias[0]: one, name: column}, name, scale, bias[2])
+        yield Filled({bias[0]: one, name: column}, name, scale, bias[2], bit_exact=scale == 1.0)
 
 
 def _behind_norm(writer: Writer, affine: Affine, layer: Inserted) -> Iterator[Filled]:
@@ -88,7 +88,9 @@ def _behind_norm(writer: Writer, affine: Affine, layer: Inserted) -> Iterator[Fi
         )
         loud = [*_constants(behind, ones, layer), *_positive(inner, ones, layer)]
         for found in loud:
-            yield Filled({**found.tensors, writer.weight.name: norm}, writer.weight.name, 1.0, found.changes)
+            held = writer.weight
+            tensors = {**found.tensors, held.name: norm}
+            yield Filled(tensors, held.name, 1.0, found.changes, bit_exact=held.offset == 0.0)
 
 
 def _positive(inner: Weight, ones: Affine, layer: Inserted) -> Iterator[Filled]:
