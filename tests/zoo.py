@@ -48,13 +48,48 @@ UNBUILDABLE: dict[str, str] = {
     **{wrapper: f"wraps a decoder: {inner}" for wrapper, inner in WRAPPERS.items()},
     "reformer": "reversible layers: two streams, no hidden states per layer and no ordinary cache",
 }
+# Logits of a position that depend on what comes after it.
+NOT_CAUSAL: dict[str, str] = {
+    "cpmant": "the prompt is read in both directions",
+    "prophetnet": "the n-gram streams depend on the length of the whole sequence",
+    "xlnet": "attention is bidirectional unless a permutation mask is given, as generate() does",
+}
+# Greedy tokens with a cache that are not those without one.
+CACHE_DIFFERS: dict[str, str] = {
+    "cpmant": NOT_CAUSAL["cpmant"],
+    "prophetnet": NOT_CAUSAL["prophetnet"],
+    "rwkv": "generate() does not hand the state on; passing state= by hand is exact",
+}
+_POSITIONS = "learned positions are counted from the first padding token"
+_BLOCKS = "keys are compressed in blocks that are counted from the first padding token"
+_STATE = "the recurrent state takes no attention mask"
+# Greedy tokens of a row that is padded on the left, with an attention mask, that are not those of the row alone.
+PADDING_DIFFERS: dict[str, str] = {
+    **dict.fromkeys(
+        ("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "mbart", "mvp", "pegasus"), _POSITIONS
+    ),
+    **dict.fromkeys(("plbart", "trocr", "whisper", "xlm"), _POSITIONS),
+    **dict.fromkeys(("deepseek_v4", "minimax_m3_vl_text"), _BLOCKS),
+    **dict.fromkeys(("rwkv", "xlstm"), _STATE),
+    "minimax": "the linear layers mask the padding in a full pass, but not with a cache",
+    "prophetnet": NOT_CAUSAL["prophetnet"],
+    "xlnet": "the mask is not used in generate()",
+}
+# Parameters without an effect on the logits, by a pattern that their name contains.
+NO_EFFECT: dict[str, str] = {
+    r"\.(encoder_attn|cross_attn)(_layer_norm)?\.": "cross-attention, which a decoder alone does not run",
+    r"\.(k_proj|key|key_proj|Wk|k_lin)\.bias$": "cancels in the softmax where nothing rotates the key",
+    r"pooler\.": "the pooler is no part of a language model",
+    r"indexer\.": "only chooses keys: a small change need not change the choice",
+    r"\.mask_emb$|\.r_s_bias$|\.seg_embed$": "xlnet without permutation mask or segments",
+}
 TYPES: tuple[str, ...] = tuple(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(UNBUILDABLE)))
 
 LAYER_COUNTS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"),
     *("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"),
 )
-# By the name of the field, for every class that has it. A class that means something else by a name says so in OVERRIDES.
+# By the name of the field, for every class that has it; what a class means otherwise by a name is in OVERRIDES.
 COMMON: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "decoder_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "emb_dim", "attention_hidden_size", "lru_width"), WIDTH),
@@ -79,7 +114,7 @@ COMMON: dict[str, Any] = {
     **dict.fromkeys(("sliding_window", "attention_window_size", "sliding_window_size", "window_size"), 8),
     # Latent attention and its indexer.
     **{"q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
-    **{"index_topk": 8, "index_head_dim": 16, "index_n_heads": 2},
+    **{"index_topk": 8, "index_head_dim": 16, "index_n_heads": 8},
     # State-space and linear-attention mixers.
     **{"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "mamba_chunk_size": 8},
     **{"mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16, "n_groups": 2, "chunk_size": 8},
@@ -217,11 +252,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minimax_m3_vl_text": {
         **DENSE_SPARSE,
         "layer_types": ("full_attention", "minimax_m3_sparse"),
-        **{"rotary_dim": 8, "index_block_size": 4, "index_topk_blocks": 2},
+        **{"rotary_dim": 8, "index_block_size": 4, "index_topk_blocks": 2, "index_n_heads": 2},
     },
     "ministral": SLIDING_FULL,
     "modernbert-decoder": {**FULL_SLIDING, "cls_token_id": BOS, "sep_token_id": EOS, "local_attention": 16},
-    "moshi": {"audio_vocab_size": VOCABULARY},
+    # The class cuts its cache to the window but masks nothing: a window within reach would depend on the cache.
+    "moshi": {"audio_vocab_size": VOCABULARY, "sliding_window": POSITIONS},
     "nemotron_h": {"layers_block_type": ("linear_attention", "moe", "full_attention", "mlp")},
     "olmo3": SLIDING_FULL,
     "olmo_hybrid": LINEAR_FULL,
@@ -234,7 +270,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {
         "layer_types": ("linear_attention", "indexed_attention"),
         **{"hc_count": 2, "hc_lowrank": 16, "ple_embed_dim": WIDTH, "ngram_vocab_size_base": 64},
-        **{"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8},
+        **{"indexer_n_heads": 8, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8},
         **{"indexer_compress_ratio": 2, "split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 8},
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
@@ -245,7 +281,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "vaultgemma": SLIDING_FULL,
     "xlm": {"causal": True, "mask_token_id": 3},
-    "xlnet": {"attn_type": "uni"},
     "xlstm": {"chunk_size": 64, "qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX"},
     "youtu": LATENT,
@@ -289,8 +324,13 @@ def _repeat(pattern: tuple[Any, ...], layers: int) -> list[Any]:
 # Modules whose own parameters are applied as x @ w with another axis of w as the input than the last.
 INPUT_AXIS = {"AriaExperts": 1, "GptOssExperts": 1, "Llama4TextExperts": 1, "XLNetRelativeAttention": 0}
 TIED_SCALE = 0.25  # of an embedding that is also the head: logits of size 2 rather than 8
+# Classes that multiply the embedding by the root of the width: an untied one is drawn that much smaller.
+SCALED_EMBEDDING = (
+    *("bigbird_pegasus", "biogpt", "ctrl", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text"),
+    *("gemma4_unified_text", "hrm_text", "recurrent_gemma", "vaultgemma", "xglm"),
+)
 NOISE = 0.1  # of everything that starts at a value with a meaning: norms, biases, decays, gates, sinks
-ROUTER_BUFFERS = ("e_score_correction_bias", "expert_bias", "balancing_biases", "layer_scalar")
+ROUTER_BUFFERS = ("e_score_correction_bias", "expert_bias", "layer_scalar")
 
 
 def build(model_type: str, seed: int = 0, *, layers: int = LAYERS, **overrides: Any) -> PreTrainedModel:
@@ -307,6 +347,8 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
     tied = head is not None and any(head.weight is module.weight for module in _embeddings(model))
+    embedding = TIED_SCALE if tied else WIDTH**-0.5 if model.config.model_type in SCALED_EMBEDDING else 1.0
+    tokens = model.get_input_embeddings().weight
     done: set[int] = set()
     with torch.no_grad():
         for module in model.modules():
@@ -318,13 +360,15 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
                 scale = _scale(module, name, parameter)
                 if scale is None:
                     parameter.add_(NOISE * noise)
-                elif tied and parameter is head.weight:
-                    parameter.copy_(TIED_SCALE * noise)
+                elif parameter is tokens:
+                    parameter.copy_(embedding * noise)
                 else:
                     parameter.copy_(scale * noise)
             for name, buffer in module.named_buffers(recurse=False):
                 if name in ROUTER_BUFFERS:
                     buffer.add_(NOISE * torch.randn(buffer.shape, generator=generator))
+                if name == "tid2eid":  # the experts of a token, by its id
+                    buffer.copy_(torch.rand(len(buffer), 4, generator=generator).argsort(1)[:, : buffer.shape[1]])
         for module in _embeddings(model):
             if module.padding_idx is not None:  # loading a checkpoint zeroes this row in some classes
                 module.weight[module.padding_idx] = 0
@@ -357,7 +401,10 @@ def ids(length: int = 12, batch: int = 1, seed: int = 0) -> torch.Tensor:
 def save(
     model_type: str, folder: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
 ) -> PreTrainedModel:
-    """Save a tiny model in ``folder``, which ``AutoModelForCausalLM.from_pretrained`` reads; returns it in ``dtype``."""
-    model = build(model_type, seed, **overrides).to(dtype)
+    """Save a tiny model in ``folder``, for ``AutoModelForCausalLM.from_pretrained``; returns it in ``dtype``."""
+    model = build(model_type, seed, **overrides)
     model.save_pretrained(folder)
+    if dtype != torch.float32:  # loaded rather than cast: some classes keep some of their weights in float32
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model.save_pretrained(folder)
     return model
