@@ -20,6 +20,7 @@ every_type = pytest.mark.parametrize(
     "model_type", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in zoo.TYPES]
 )
 PROMPT, ANSWER, PADDING = 14, 8, 5
+SAME = 0.02  # of logits of size 1 to 2: some recurrent classes have another formula for one step than for many
 
 
 def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -28,6 +29,7 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def greedy(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, *, cache: bool = True) -> torch.Tensor:
+    """Logits of every step, ``batch x steps x vocabulary``: equal tokens alone could be luck."""
     made = model.generate(
         input_ids=tokens,
         attention_mask=mask,
@@ -35,8 +37,11 @@ def greedy(model: PreTrainedModel, tokens: torch.Tensor, mask: torch.Tensor, *, 
         min_new_tokens=ANSWER,
         do_sample=False,
         use_cache=cache,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    return made[:, tokens.shape[1] :]
+    assert made.sequences.shape[1] == tokens.shape[1] + ANSWER
+    return torch.stack(made.logits, dim=1)
 
 
 def test_every_causal_model_type_is_a_tiny_model_or_has_a_reason_why_not() -> None:
@@ -66,6 +71,8 @@ def test_a_tiny_model_saved_in_bfloat16_reloads_exactly(model_type: str, tmp_pat
     model = zoo.save(model_type, tmp_path, dtype=torch.bfloat16)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
+    if model_type in zoo.NO_BFLOAT16:
+        return  # the keys were compared; the class computes nothing in this type
     tokens = zoo.ids(24, batch=2)
     assert torch.equal(logits(model, tokens), logits(loaded.eval(), tokens))
 
@@ -110,8 +117,8 @@ def test_the_same_seed_gives_the_same_weights(model_type: str) -> None:
 def test_greedy_tokens_do_not_depend_on_the_cache(model_type: str) -> None:
     model, tokens = zoo.build(model_type), zoo.ids(PROMPT)
     mask = torch.ones_like(tokens)
-    same = torch.equal(greedy(model, tokens, mask), greedy(model, tokens, mask, cache=False))
-    assert same == (model_type not in zoo.CACHE_DIFFERS)
+    gap = (greedy(model, tokens, mask) - greedy(model, tokens, mask, cache=False)).abs().max()
+    assert (gap < SAME) == (model_type not in zoo.CACHE_DIFFERS), gap
 
 
 @every_type
@@ -120,8 +127,8 @@ def test_greedy_tokens_do_not_depend_on_left_padding(model_type: str) -> None:
     mask = torch.ones_like(tokens)
     alone = greedy(model, tokens[1:, PADDING:], mask[1:, PADDING:])
     tokens[1, :PADDING], mask[1, :PADDING] = zoo.PAD, 0
-    same = torch.equal(greedy(model, tokens, mask)[1:], alone)
-    assert same == (model_type not in zoo.PADDING_DIFFERS)
+    gap = (greedy(model, tokens, mask)[1:] - alone).abs().max()
+    assert (gap < SAME) == (model_type not in zoo.PADDING_DIFFERS), gap
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2"])
