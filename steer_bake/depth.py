@@ -17,7 +17,10 @@ from .errors import NotFoldable
 from .skeleton import changed, skeleton
 
 #: Config attributes whose value is a number of leading layers, or a layer's number.
-_THRESHOLDS = ("first_k_dense_replace", "max_window_layers", "moe_layer_start_index", "moe_layer_end_index")
+_THRESHOLDS = (
+    "first_k_dense_replace", "num_dense_layers", "max_window_layers", "moe_layer_start_index",
+    "moe_layer_end_index",
+)  # fmt: skip
 #: Lists of layer numbers. (A list with one entry per layer needs no name: its length says so.)
 _NUMBERS = (
     "mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "global_attn_layers", "cross_attention_layers",
@@ -40,9 +43,17 @@ def deepened(layout: Layout, order: Sequence[int]) -> dict[str, Any]:
             values[name] = [value[old] for old in order]
         elif name in _THRESHOLDS and isinstance(value, int) and 0 < value < layers:
             values[name] = sum(old < value for old in order)
+    if hasattr(text, "decoder_sparse_step") and hasattr(text, "mlp_only_layers"):  # a period: listed one by one
+        dense = [not _has(layout, old, "experts") for old in range(layers)]
+        values |= {"decoder_sparse_step": 1, "mlp_only_layers": [new for new, old in enumerate(order) if dense[old]]}
     changes = layout.change(values)
     _check(layout, changes, order)
     return changes
+
+
+def _has(layout: Layout, layer: int, name: str) -> bool:
+    start = f"{layout.layer(layer)}."
+    return any(key.startswith(start) and f".{name}." in key for key in skeleton(layout.parsed))
 
 
 def _fields(text: PretrainedConfig) -> dict[str, Any]:

@@ -79,6 +79,7 @@ class Block:
     weights: tuple[Weight, ...]
     unlock: tuple[str, ...] = ()  # config flags of which one may make the class create the missing bias
     rigid: str = ""  # why no linear part folds into the weights; empty where it does
+    alone: bool = False  # where it is there, the slot's other blocks write to it and not to the stream
     inner: tuple[Weight, ...] = ()  # of a norm at a sublayer's end: the sublayer's own writers, which it normalises
     # Hook column again
     scale: Scale = unscaled  # the stream gets this times the module's output
@@ -168,6 +169,8 @@ class Layout:
                 found.append((block, parent.get_submodule(block.module)))
             except AttributeError:
                 continue
+            if block.alone:
+                break
         return found
 
     def _number(self, attribute: str) -> int:

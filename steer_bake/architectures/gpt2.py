@@ -65,8 +65,9 @@ _BLOOM = replace(
     embedding=Block(
         "transformer.word_embeddings_layernorm", (Weight("transformer.word_embeddings_layernorm.weight"),), rigid=NORMED
     ),
-    attention=(Block("self_attention", (Weight("self_attention.dense.weight"),)),),
-    mlp=(Block("mlp", (Weight("mlp.dense_4h_to_h.weight"),)),),
+    # attention and MLP themselves add the stream to their outputs
+    attention=(Block("self_attention.dense", (Weight("self_attention.dense.weight"),)),),
+    mlp=(Block("mlp.dense_4h_to_h", (Weight("mlp.dense_4h_to_h.weight"),)),),
     parallel=lambda config: bool(config.apply_residual_connection_post_layernorm),
 )
 
@@ -88,4 +89,17 @@ _CTRL = replace(
     middle="layernorm2",
 )
 
-gpt2 = (_GPT2, _BIGCODE, _NEO, _GPTJ, _FALCON, _BLOOM, _CTRL)
+# layers normalise the stream itself
+_OPENAI = replace(
+    _GPT2,
+    model_types=("openai-gpt",),
+    embedding=Block(
+        "transformer.tokens_embed",
+        (Weight("transformer.tokens_embed.weight", axis=1), Weight("transformer.positions_embed.weight", axis=1)),
+    ),
+    attention=(Block("ln_1", (Weight("ln_1.weight"),), rigid=NORMED),),
+    mlp=(Block("ln_2", (Weight("ln_2.weight"),), rigid=NORMED),),
+    middle="",
+)
+
+gpt2 = (_GPT2, _BIGCODE, _NEO, _GPTJ, _FALCON, _BLOOM, _CTRL, _OPENAI)

@@ -67,7 +67,7 @@ _LLAMA = Architecture(
         "llama", "arcee", "aria_text", "axk2", "bitnet", "cwm", "deepseek_v2", "deepseek_v3", "deepseek_v32",
         "dots1", "dots3_note_text", "ernie4_5", "ernie4_5_moe", "exaone_moe", "flint", "glm", "glm4_moe",
         "glm4_moe_lite", "helium", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "internlm3",
-        "iquestcoder", "jais2", "laguna", "mellum", "mimo_v2_flash", "minimax_m3_vl_text", "ministral",
+        "iquestcoder", "jais2", "laguna", "mellum", "ministral",
         "ministral3", "mistral", "nemotron", "olmo", "olmoe", "persimmon", "phi3", "phimoe",
         "qwen2",
         "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open", "starcoder2", "youtu",
@@ -85,6 +85,35 @@ _MIXTRAL_LIKE = replace(
     mlp=(Block("mlp", (Weight(_MIXTRAL, whole=False, mixed=True),)),),
 )
 
+# attention sinks take their share of the attention: its weights do not sum to 1
+_SINKS = replace(_LLAMA, model_types=("mimo_v2_flash",), value="")
+# a clamped activation, whatever its config calls it: no squares of it
+_CLAMPED = replace(
+    _LLAMA,
+    model_types=("minimax_m3_vl_text",),
+    mlp=(replace(MLP, weights=tuple(replace(weight, whole=False) for weight in MLP.weights)),),
+)
+_DOGE = replace(
+    _LLAMA,
+    model_types=("doge",),
+    attention=(replace(ATTENTION, rigid="every layer multiplies the stream itself by a vector"),),
+)
+
+_AXK1 = replace(
+    _LLAMA,
+    model_types=("axk1",),
+    mlp=(
+        Block(  # of sparse layers; on disk it has another name than in the class
+            "mlp.post_mlp_layernorm",
+            (Weight("post_mlp_layernorm.weight"),),
+            rigid=NORMED,
+            inner=MLP.weights,
+            alone=True,
+        ),
+        MLP,
+    ),
+)
+
 _APERTUS = replace(_LLAMA, model_types=("apertus",), middle="feedforward_layernorm")
 
 _DIFFLLAMA = replace(
@@ -99,9 +128,10 @@ _SHARED_INDEX = replace(
 
 _HYBRID = replace(
     _LLAMA,
-    model_types=("kimi_linear", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+    model_types=("kimi_linear",),
     attention=(ATTENTION, *MIXERS),
 )
+_QWEN3_NEXT = replace(_HYBRID, model_types=("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"), unit=0.0)
 
 _BAILING = replace(  # on disk the embedding and the attention have other names than in the class
     _HYBRID,
@@ -117,10 +147,10 @@ _GPT_OSS = replace(
     mlp=(Block("mlp", (Weight("mlp.experts.down_proj", axis=2, bias="mlp.experts.down_proj_bias"),)),),
 )
 
-_GEMMA = replace(_LLAMA, model_types=("gemma",), embedding=scaled_table(root_of_width))
+_GEMMA = replace(_LLAMA, model_types=("gemma",), embedding=scaled_table(root_of_width), unit=0.0)
 _VAULT_GEMMA = replace(_GEMMA, model_types=("vaultgemma",), middle="pre_feedforward_layernorm")
 
-_FEED_FORWARD = Block(
+FEED_FORWARD = Block(
     "feed_forward",
     (
         Weight("feed_forward.down_proj.weight"),
@@ -132,12 +162,12 @@ _FEED_FORWARD = Block(
     ),
     unlock=("mlp_bias",),
 )
-_LLAMA4 = replace(_LLAMA, model_types=("llama4_text",), mlp=(_FEED_FORWARD,))
+_LLAMA4 = replace(_LLAMA, model_types=("llama4_text",), mlp=(FEED_FORWARD,))
 _JAMBA = replace(
     _LLAMA,
     model_types=("bamba", "jamba"),
     attention=(ATTENTION, *MIXERS),
-    mlp=(_FEED_FORWARD,),
+    mlp=(FEED_FORWARD,),
     middle="pre_ff_layernorm",
 )
 _LFM2 = replace(_JAMBA, model_types=("lfm2", "lfm2_moe"), middle="ffn_norm")
@@ -160,7 +190,7 @@ _FALCON_H1 = replace(
     model_types=("falcon_h1",),
     embedding=scaled_table(embedding_multiplier),
     attention=(scaled(ATTENTION, _attention_multiplier), scaled(MIXERS[1], _ssm_multiplier)),
-    mlp=(replace(scaled(_FEED_FORWARD, _down_multiplier), scale=unscaled),),
+    mlp=(replace(scaled(FEED_FORWARD, _down_multiplier), scale=unscaled),),
 )
 
 _GRANITE = replace(
@@ -229,6 +259,24 @@ _NANOCHAT = replace(_LLAMA, model_types=("nanochat",), embedding=replace(EMBEDDI
 
 _MOSHI = replace(_LLAMA, model_types=("moshi",))
 
+# layers with a shared transformer feed its result to their Mamba, not to the stream
+_ZAMBA = replace(
+    _LLAMA,
+    model_types=("zamba", "zamba2"),
+    embedding=replace(EMBEDDING, weights=(), rigid="shared layers read the embedding once more"),
+    attention=(
+        Block("mamba", (Weight("mamba.out_proj.weight"),), unlock=("mamba_proj_bias", "add_bias_linear")),
+        Block(
+            "mamba_decoder.mamba",
+            (Weight("mamba_decoder.mamba.out_proj.weight"),),
+            unlock=("mamba_proj_bias", "add_bias_linear"),
+        ),
+    ),
+    mlp=(),
+    middle="",
+    indexed="layers read what earlier shared layers hold",
+)
+
 _RECURRENT_GEMMA = replace(
     _GEMMA,
     model_types=("recurrent_gemma",),
@@ -252,7 +300,7 @@ _JETMOE = replace(
 )
 
 llama = (
-    _LLAMA, _MIXTRAL_LIKE, _APERTUS, _DIFFLLAMA, _SHARED_INDEX, _HYBRID, _BAILING, _GPT_OSS, _GEMMA, _VAULT_GEMMA,
-    _LLAMA4, _JAMBA, _LFM2, _FALCON_H1, _GRANITE, _GRANITE_MOE, _MINICPM3, _PARALLEL, _STABLELM, _NANOCHAT, _MOSHI,
-    _RECURRENT_GEMMA, _JETMOE,
+    _LLAMA, _MIXTRAL_LIKE, _SINKS, _CLAMPED, _DOGE, _AXK1, _APERTUS, _DIFFLLAMA, _SHARED_INDEX, _HYBRID, _QWEN3_NEXT,
+    _BAILING, _GPT_OSS, _GEMMA, _VAULT_GEMMA, _LLAMA4, _JAMBA, _LFM2, _FALCON_H1, _GRANITE, _GRANITE_MOE, _MINICPM3,
+    _PARALLEL, _STABLELM, _NANOCHAT, _MOSHI, _ZAMBA, _RECURRENT_GEMMA, _JETMOE,
 )  # fmt: skip

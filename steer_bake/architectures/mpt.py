@@ -11,7 +11,7 @@ _MPT = Architecture(
     stack="transformer.blocks",
     embedding=Block("transformer.wte", (Weight("transformer.wte.weight", axis=1),)),
     attention=(Block("attn", (Weight("attn.out_proj.weight"),)),),
-    mlp=(Block("ffn", (Weight("ffn.down_proj.weight"),)),),
+    mlp=(Block("ffn.down_proj", (Weight("ffn.down_proj.weight"),)),),  # ffn itself adds the stream to its output
     middle="norm_2",
 )
 _DBRX = replace(
@@ -30,4 +30,15 @@ _MODERNBERT = Architecture(
     head="decoder.weight",
 )
 
-mpt = (_MPT, _DBRX, _MODERNBERT)
+_CPMANT = Architecture(
+    model_types=("cpmant",),
+    stack="cpmant.encoder.layers",
+    embedding=Block(
+        "cpmant.input_embedding",
+        (Weight("cpmant.input_embedding.weight", axis=1), Weight("cpmant.segment_embedding.weight", axis=1)),
+    ),
+    attention=(Block("self_att.self_attention", (Weight("self_att.self_attention.attention_out.weight"),)),),
+    mlp=(Block("ffn.ffn", (Weight("ffn.ffn.w_out.weight"),)),),
+)
+
+mpt = (_MPT, _DBRX, _MODERNBERT, _CPMANT)

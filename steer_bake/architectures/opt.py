@@ -67,4 +67,14 @@ _BART = replace(
 _TROCR = replace(_BART, model_types=("trocr",), head="output_projection.weight")
 _MARIAN = replace(_BART, model_types=("marian",), embedding=_embedding(_ROOT, rigid=_COMPUTED))
 
-opt = (_OPT, _PEGASUS, _WHISPER, _MBART, _XGLM, _BIOGPT, _BART, _TROCR, _MARIAN)
+_PROPHETNET = replace(
+    _BART,
+    model_types=("prophetnet",),
+    stack="prophetnet.decoder.layers",
+    embedding=_norm("prophetnet.decoder.embeddings_layer_norm"),
+    attention=(_norm("self_attn_layer_norm"),),
+    mlp=(_norm("feed_forward_layer_norm"),),
+    indexed="the stream holds several n-gram streams",
+)
+
+opt = (_OPT, _PEGASUS, _WHISPER, _MBART, _XGLM, _BIOGPT, _BART, _TROCR, _MARIAN, _PROPHETNET)

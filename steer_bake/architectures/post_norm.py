@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import NORMED, Architecture, Block, Weight
-from .llama import ATTENTION, EMBEDDING, MLP, root_of_width, scaled_table
+from .llama import ATTENTION, EMBEDDING, FEED_FORWARD, MLP, root_of_width, scaled_table
 
 
 def normed(block: Block, name: str, offset: float = 0.0) -> Block:
@@ -31,6 +31,7 @@ def _after(attention: str, mlp: str, *model_types: str, offset: float = 0.0) -> 
 _OLMO2 = _after("post_attention_layernorm", "post_feedforward_layernorm", "exaone4", "flex_olmo", "olmo2", "olmo3")
 _GEMMA2 = replace(
     _after("post_attention_layernorm", "post_feedforward_layernorm", "gemma2", "gemma3_text", offset=1.0),
+    unit=0.0,
     embedding=scaled_table(root_of_width),
     middle="pre_feedforward_layernorm",
 )
@@ -41,9 +42,16 @@ _KOLIBRI = replace(  # on disk the norms have other names than in the class
     model_types=("kolibri1",),
     attention=(replace(normed(ATTENTION, "post_attn_norm"), module="post_self_attn_layernorm"),),
     mlp=(replace(normed(MLP, "post_ffn_norm"), module="post_mlp_layernorm"),),
+    middle="post_attention_layernorm",
 )
 _AFMOE = replace(_after("post_attention_layernorm", "post_mlp_layernorm", "afmoe"), middle="pre_mlp_layernorm")
-_HYPERCLOVAX = _after("post_norm1", "post_norm2", "hyperclovax")
-_LFM3 = _after("post_operator_norm", "post_ffn_norm", "lfm3")
+_HYPERCLOVAX = replace(_after("post_norm1", "post_norm2", "hyperclovax"), middle="post_attention_layernorm")
+_LFM3 = replace(
+    _OLMO2,
+    model_types=("lfm3",),
+    attention=(normed(ATTENTION, "post_operator_norm"),),
+    mlp=(normed(FEED_FORWARD, "post_ffn_norm"),),
+    middle="ffn_norm",
+)
 
 post_norm = (_OLMO2, _GEMMA2, _GEMMA4, _GLM4, _KOLIBRI, _AFMOE, _HYPERCLOVAX, _LFM3)

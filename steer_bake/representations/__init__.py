@@ -80,6 +80,14 @@ class Base:
         """The tensors of a decoder layer, as they are on disk."""
         return self._by_layer.get(layer, [])
 
+    def kinds(self, layer: int) -> list[int]:
+        """One layer of every other kind that there is, by the tensors they have."""
+        found = {frozenset(name.removeprefix(self.prefix(layer)) for name in self.layer_tensors(layer)): layer}
+        for other in range(self.layers):
+            inside = frozenset(name.removeprefix(self.prefix(other)) for name in self.layer_tensors(other))
+            found.setdefault(inside, other)
+        return [other for other in found.values() if other != layer]
+
     def prefix(self, layer: int) -> str:
         """What the names of a decoder layer's tensors begin with on disk."""
         return self.on_disk(self.layout.layer(layer)) + "."
@@ -98,6 +106,8 @@ class Base:
                     f"architectures/ expects there for {self.layout.model_type}; describe its tensors in that file"
                 )
             found += own
+            if own and block.alone:
+                break
         return found
 
     def _has_module(self, path: str) -> bool:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+import torch
+
+from ..affine import Affine
 from ..checkpoint import Edit
 from ..errors import NotFoldable
 from ..sites import Site
@@ -64,22 +68,32 @@ class Inserted:
                     return missing, created[wanted], changes
         return None
 
+    def open_norm(self) -> dict[str, Edit]:
+        """The norm before the MLP with gain 1, where the layer has one: what lets the stream through."""
+        norm = f"{self.base.layout.architecture.middle}.weight"
+        if self.shape(norm) != (self.base.layout.width,):
+            return {}
+        unit = torch.full((self.base.layout.width,), self.base.layout.architecture.unit)
+        return {norm: self.base.new("", tuple(unit.shape), replace(Affine.identity(len(unit)), shift=unit))}
+
     @classmethod
-    def behind(cls, piece: Piece, base: Base) -> Inserted | None:
-        """For a shift of the stream; None for any other piece.
+    def behind(cls, piece: Piece, base: Base) -> Iterator[Inserted]:
+        """For a shift of the stream, the kinds of layer that could be inserted, its own first; none for other pieces.
 
         Raises:
             NotFoldable: the architecture takes no additional layer.
         """
         first = piece.part == "embedding" and not piece.affine.is_linear
         if piece.site is None or not (first or piece.part == "shift"):
-            return None
+            return
         reason = base.layout.architecture.indexed
         if reason:
             raise NotFoldable(f"a {base.layout.model_type} model takes no additional layer: {reason}")
-        if piece.layer is None:
-            return cls(0, base, piece.site, -1)
-        return cls(piece.layer, base, piece.site, piece.layer)
+        own, after = (0, -1) if piece.layer is None else (piece.layer, piece.layer)
+        yield cls(own, base, piece.site, after)
+        if piece.site.point != "resid_mid":  # half of a layer is of that layer's own kind
+            for other in base.kinds(own):
+                yield cls(other, base, piece.site, after)
 
     @property
     def split(self) -> bool:

@@ -25,13 +25,14 @@ _LOUD = 64.0
 
 
 def carrier(piece: Piece, base: Base) -> Holding | None:
-    layer = Inserted.behind(piece, base)
-    if layer is None:
+    layers = list(Inserted.behind(piece, base))
+    if not layers:
         return None
-    slots = ("attention",) if layer.split else ("attention", "mlp")
-    for writer in [one for slot in slots for one in base.writers(slot, layer.number)]:
-        for filled in _constants(writer, piece.affine, layer):
-            return layer.holding(filled)
+    for layer in layers:
+        slots = ("attention",) if layer.split else ("attention", "mlp")
+        for writer in [one for slot in slots for one in base.writers(slot, layer.number)]:
+            for filled in _constants(writer, piece.affine, layer):
+                return layer.holding(filled)
     raise NotFoldable(
         f"no writer of a {base.layout.model_type} layer could hold the vector in an additional layer: none has a bias, "
         "and no config flag creates one"
@@ -102,4 +103,4 @@ def _positive(inner: Weight, ones: Affine, layer: Inserted) -> Iterator[Filled]:
             continue
         same = layer.base.edit(layer.prefix + names[0], Affine.identity(inside[1]), 1)
         down = replace(layer.base.new("", shape, ones), axis=inner.axis)
-        yield Filled({**dict.fromkeys(names, same), inner.name: down}, inner.name)
+        yield Filled({**dict.fromkeys(names, same), inner.name: down, **layer.open_norm()}, inner.name)

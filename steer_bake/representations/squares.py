@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from ..affine import Affine
 from ..architectures import Weight, gates
 from ..checkpoint import Diagonal, Edit
@@ -23,16 +21,18 @@ _ODD_PART = ("silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fas
 
 
 def squares(piece: Piece, base: Base) -> Holding | None:
-    layer = Inserted.behind(piece, base)
-    if layer is None:
+    layers = list(Inserted.behind(piece, base))
+    if not layers:
         return None
-    if layer.split:
-        raise NotFoldable(f"squares are of what the MLP reads, at the end of a layer, not at {layer.site}")
-    if not any(writer.block.rigid for writer in base.writers("mlp", layer.number)):
-        for weight in [weight for block in base.layout.architecture.mlp for weight in block.weights]:
-            filled = _filled(weight, piece.affine, layer)
-            if filled is not None:
-                return layer.holding(filled)
+    if layers[0].split:
+        raise NotFoldable(f"squares are of what the MLP reads, at the end of a layer, not at {piece.site}")
+    weights = [weight for block in base.layout.architecture.mlp for weight in block.weights]
+    for layer in layers:
+        if not any(writer.block.rigid for writer in base.writers("mlp", layer.number)):
+            for weight in weights:
+                filled = _filled(weight, piece.affine, layer)
+                if filled is not None:
+                    return layer.holding(filled)
     raise NotFoldable(
         f"no MLP of a {base.layout.model_type} layer can make a constant out of squares: that takes a gated MLP with "
         f"SiLU or GELU and at least {2 * base.layout.width} neurons behind a norm of the stream"
@@ -47,8 +47,7 @@ def _filled(down: Weight, affine: Affine, layer: Inserted) -> Filled | None:
     names = layer.matching(down.name)
     if activation not in _ODD_PART or layer.shape(norm) != (width,) or not names or not (down.whole or down.mixed):
         return None
-    gain = replace(Affine.identity(width), shift=torch.full((width,), architecture.unit))
-    tensors = {norm: base.new("", (width,), gain)}
+    tensors = layer.open_norm()
     for name in names:
         shape = layer.shape(name) or ()
         neurons = shape[-1]
