@@ -204,7 +204,7 @@ class _Reader:
             return module.register_forward_pre_hook(before, with_kwargs=True)
 
         def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self._see(site, output[0] if isinstance(output, tuple) else output, scale)
+            self._see(site, output[0] if isinstance(output, (tuple, list)) else output, scale)
 
         return module.register_forward_hook(after)
 

@@ -87,7 +87,7 @@ def readings(
         return lambda _module, args, kwargs: read(index, args[0] if args else kwargs["hidden_states"])
 
     def hook(index: int) -> Any:
-        return lambda _module, _args, output: read(index, output[0] if isinstance(output, tuple) else output)
+        return lambda _module, _args, output: read(index, output[0] if isinstance(output, (tuple, list)) else output)
 
     with ExitStack() as stack:
         for index, probe in enumerate(probes):

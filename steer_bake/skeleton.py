@@ -19,7 +19,12 @@ from .errors import CheckpointError
 
 Skeleton = dict[str, tuple[int, ...]]
 
-_known: dict[tuple[type[PretrainedConfig], str], Skeleton] = {}
+_known: dict[tuple[type[PretrainedConfig], str], tuple[Skeleton, bool]] = {}
+
+
+def is_tied(config: PretrainedConfig) -> bool:
+    """Whether head and embedding are one tensor in the class; some say so in their config and are not."""
+    return _of(config)[1]
 
 
 def skeleton(config: PretrainedConfig) -> Skeleton:
@@ -28,6 +33,10 @@ def skeleton(config: PretrainedConfig) -> Skeleton:
     Raises:
         CheckpointError: transformers has no causal-LM class for the config, or the class rejects it.
     """
+    return _of(config)[0]
+
+
+def _of(config: PretrainedConfig) -> tuple[Skeleton, bool]:
     key = (type(config), config.to_json_string(use_diff=False))
     if key not in _known:
         _known[key] = _built(config)
@@ -50,7 +59,7 @@ def _merge(fields: dict[str, Any], changes: Mapping[str, Any]) -> None:
             fields[key] = value
 
 
-def _built(config: PretrainedConfig) -> Skeleton:
+def _built(config: PretrainedConfig) -> tuple[Skeleton, bool]:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -63,4 +72,6 @@ def _built(config: PretrainedConfig) -> Skeleton:
     finally:
         logging.set_verbosity(level)
     saved = model.state_dict(keep_vars=True)
-    return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and table is not None and head.weight is table.weight
+    return {name: tuple(tensor.shape) for name, tensor in saved.items()}, tied

@@ -167,9 +167,9 @@ def _pre_hook(steps: list[Apply]) -> Callable[..., Any]:
 
 def _hook(steps: list[Apply]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        h = output[0] if isinstance(output, tuple) else output
+        h = output[0] if isinstance(output, (tuple, list)) else output
         for step in steps:
             h = step(h)
-        return (h, *output[1:]) if isinstance(output, tuple) else h
+        return type(output)((h, *output[1:])) if isinstance(output, (tuple, list)) else h
 
     return hook

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..affine import Affine
 from ..checkpoint import Edit
 from ..errors import CheckpointError, NotFoldable
+from ..skeleton import is_tied
 from . import Base, Constant, Holding, Piece, Writer
 
 
@@ -14,8 +15,8 @@ def embedding_rows(piece: Piece, base: Base) -> Holding | None:
     tables = base.tables()
     if not tables:
         raise NotFoldable(
-            f"a {base.layout.model_type} model normalises its embedding before the stream begins, without a bias: "
-            "nothing has an exact home there"
+            f"nothing has an exact home at the embedding of a {base.layout.model_type} model: "
+            f"{base.layout.architecture.embedding.rigid}"
         )
     table, *others = tables
     if table.weight.axis == 0:
@@ -33,7 +34,7 @@ def embedding_rows(piece: Piece, base: Base) -> Holding | None:
     edit = base.edit(table.tensor, piece.affine.divided_by(scale), table.weight.axis)
     edits = [edit, *_linear(piece.affine, others, base)]
     head = base.on_disk(base.layout.architecture.head)
-    tied = bool(base.layout.parsed.tie_word_embeddings)
+    tied = is_tied(base.layout.parsed)
     if base.has(head):
         if tied:
             raise CheckpointError(
