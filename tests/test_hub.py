@@ -6,15 +6,17 @@ import hashlib
 import json
 import shutil
 import struct
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from huggingface_hub import constants
 
 from steer_bake.checkpoint import Checkpoint, RemoteFiles
-from steer_bake.cli import main
 from steer_bake.errors import CheckpointError
 from steer_bake.models import load_model, open_base, open_remote, resolve
 
@@ -217,6 +219,10 @@ def test_a_bake_without_weights_is_the_bake_of_the_folder(
     for path, record in away.items():  # what a copy on the hub does later
         shutil.copy(base.folder / record["source"], tmp_path / "remote" / path)
     load_model(tmp_path / "remote")
+    shutil.copytree(tmp_path / "remote", hub.root / "org" / f"completed-{name}")
+    fine(client("plan", f"org/completed-{name}", *wish))
+    again = (*wish, "-o", tmp_path / "again", "--stack", "--no-download")
+    assert "down_proj.bias" in sentence(client("bake", f"org/completed-{name}", *again)), "it has that bias now"
     assert json.loads((tmp_path / "local" / "steering.json").read_text())["complete"] is True
 
 
@@ -406,6 +412,11 @@ def test_a_small_tensor_is_fetched_by_itself_and_a_matrix_is_not(
     assert hub.sent() < 32_000_000
 
 
-def test_the_option_is_explained() -> None:
-    [option] = [one for one in main.commands["bake"].params if one.name == "no_download"]
-    assert "hub" in str(getattr(option, "help", ""))
+def test_the_hub_of_the_tests_runs_by_itself(hub: LocalHub) -> None:
+    command = [sys.executable, "-m", "tests.hub", "--root", str(hub.root)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[0].removeprefix("HF_ENDPOINT=")
+        with urlopen(f"{url}/api/models/org/one") as answer:
+            assert json.load(answer)["sha"] == hub.commit("org/one")
+        process.terminate()

@@ -64,7 +64,8 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
-        check_complete(folder)
+        if remote is None:
+            check_complete(folder)
         config = _read_json(folder, CONFIG)
         if _is_there(folder, ONE_FILE, remote):  # as transformers does: the one file goes before an index
             weight_map: dict[str, str] = {}

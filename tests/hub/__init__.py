@@ -314,15 +314,16 @@ class _Handler(BaseHTTPRequestHandler):
         limit = fault.reset_after if fault.reset_after is not None else fault.end_after
         for block in blocks:
             if limit is not None and self.record.sent + len(block) > limit:
-                self.wfile.write(block[: limit - self.record.sent])
+                rest = block[: limit - self.record.sent]
                 self.record.sent = limit
+                self.wfile.write(rest)
                 self.close_connection = True
                 if fault.reset_after is not None:
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     socket.close(self.connection.detach())  # at once, and not after a polite shutdown
                 return
+            self.record.sent += len(block)  # before: the client is quicker than the next line
             self.wfile.write(block)
-            self.record.sent += len(block)
 
 
 def _blocks(path: Path, start: int, end: int) -> Iterator[bytes]:
