@@ -16,9 +16,12 @@ from urllib.request import urlopen
 import pytest
 from huggingface_hub import constants
 
+from steer_bake import direction, manifest, pipeline
 from steer_bake.checkpoint import Checkpoint, RemoteFiles
 from steer_bake.errors import CheckpointError
+from steer_bake.interventions import intervene
 from steer_bake.models import load_model, open_base, open_remote, resolve
+from steer_bake.sites import Site
 
 from . import jobs, tiny
 from .hub import Fault, LocalHub
@@ -388,14 +391,38 @@ def test_a_gated_model_and_one_that_is_not_there_are_sentences(hub: LocalHub, cl
     assert "revision" in sentence(client("plan", "org/one@v9", "--vector", vector, *SITE))
 
 
-# --- tensors by themselves
+# --- from Python
 
 
-def test_a_small_tensor_is_fetched_by_itself_and_a_matrix_is_not(
-    hub: LocalHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def online(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client of this process talks to the hub as well; what it read from the environment is set again."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("online")
+def test_bake_from_python_without_a_download(hub: LocalHub, vector: Path, tmp_path: Path) -> None:
+    added = [intervene("add", direction.load(vector)[0], Site("resid_post", 1), 1.0)]
+    out = pipeline.bake("org/one", added, tmp_path / "out", download=False)
+    with pytest.raises(CheckpointError, match="org/one"):
+        manifest.read(out)
+    found = manifest.read(out, incomplete=True)
+    assert found.base["revision"] == hub.commit("org/one")
+    assert found.interventions[0].affine.shift.equal(added[0].affine.shift)
+    ablated = [intervene("ablate", direction.load(vector)[0], Site("writes"), 1.0)]
+    with pytest.raises(CheckpointError, match="needs the weights in"):
+        pipeline.bake("org/one", ablated, tmp_path / "new" / "out", download=False)
+    assert not (tmp_path / "new").exists()
+    assert hub.sent("model.safetensors") <= 2 * (64 << 10)
+    whole = pipeline.bake("org/one", ablated, tmp_path / "whole")
+    load_model(whole)
+
+
+@pytest.mark.usefixtures("online")
+def test_a_small_tensor_is_fetched_by_itself_and_a_matrix_is_not(hub: LocalHub) -> None:
     for name, tensor in (("biased", "model.layers.2.mlp.down_proj.bias"), ("big", "model.norm.weight")):
         base = Checkpoint.open(hub.root / "org" / name)
         sizes = {path.name: path.stat().st_size for path in base.folder.iterdir()}
