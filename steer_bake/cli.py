@@ -70,6 +70,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     # Threads that wait by spinning slow a forward several times over as soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -184,7 +185,7 @@ def plan(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
     units: str, run_folder: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Show what a bake would change, from config and tensor headers alone.
+    """Show what a bake would change, from config and tensor headers alone: of a hub model nothing else is downloaded.
 
     MODEL is a hub id with optional @revision, a folder, a packaged name, or a recipe (.yaml).
 
@@ -196,7 +197,7 @@ def plan(
     if not model.endswith((".yaml", ".yml")):
         from .plan import make_plan
 
-        base, interventions = _request(model, vector, sites, from_site, name, coefficient, units)
+        _, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units)
         display.plan(make_plan(base, interventions), as_json)
         return
     from .job import Job
@@ -218,11 +219,16 @@ def plan(
 @_vector_options
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new checkpoint folder.")
 @click.option("--stack", is_flag=True, help="Allow a MODEL that was baked before, and steer it once more.")
+@click.option(
+    "--no-download",
+    is_flag=True,
+    help="Leave the weights of a hub MODEL there: write only what is new, to be completed on the hub.",
+)
 @_dry_run
 @_json
 def bake(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, out: Path, stack: bool, dry_run: bool, as_json: bool,
+    units: str, out: Path, stack: bool, no_download: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fold one intervention into a copy of MODEL (hub id with optional @revision, folder or packaged name).
 
@@ -232,16 +238,26 @@ def bake(
       steer-bake bake ./my-model --vector v.safetensors --name ablate --sites writes --from resid_post.14 -o ablated
     """
     from . import pipeline
+    from .checkpoint import check_no_weights
+    from .models import open_base
     from .plan import make_plan
 
-    base, interventions = _request(model, vector, sites, from_site, name, coefficient, units)
+    ref, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units, away=no_download)
+    found = make_plan(base, interventions)  # refused, if at all, before gigabytes are downloaded
     if dry_run:
-        display.plan(make_plan(base, interventions), as_json)
+        if no_download:
+            check_no_weights(base, found.edits)
+        display.plan(found, as_json)
         display.note(f"this is what {out} would hold; nothing was written")
         return
-    pipeline.bake(model, interventions, out, stack=stack, progress=progress)
+    if base.remote is not None and not no_download:
+        with progress("fetching the model") as advance:
+            ref, base = open_base(model, progress=advance)
+    pipeline.bake_opened(ref, base, interventions, out, stack=stack, progress=progress)
     if as_json:
         display.as_json(_read_json(out / "steering.json"))
+    elif no_download:
+        display.note(f"{out} holds what is new; steering.json lists the files of {model} that belong to it as well")
     else:
         display.note(f"{out} is ready; prove it with: steer-bake validate {out}")
         display.loading_code(out)
@@ -407,14 +423,17 @@ def list_(what: str | None, as_json: bool) -> None:
 
 
 def _request(
-    model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float, units: str
-) -> tuple[Any, list[Intervention]]:
-    """The opened base and the interventions that the options ask for."""
+    model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
+    units: str, *, away: bool = False,
+) -> tuple[Any, Any, list[Intervention]]:  # fmt: skip
+    """The base, opened without downloading weights, and the interventions that the options ask for.
+
+    ``away``: the weights are to stay on the hub, also where the cache has them.
+    """
     from . import architectures, direction, registry
-    from .checkpoint import Checkpoint
     from .interventions import intervene
     from .job import choose_direction
-    from .models import resolve
+    from .models import open_base, open_remote
     from .sites import parse_site, parse_sites
 
     if vector is None or sites is None:
@@ -423,14 +442,18 @@ def _request(
         )
     registry.module("interventions", name)
     directions = direction.load(vector)
-    with progress("fetching the model") as advance:
-        base = Checkpoint.open(resolve(model, progress=advance).folder)
+    with progress("reading the model's headers") as advance:
+        ref, base = open_remote(model, progress=advance) if away else open_base(model, weights=False, progress=advance)
     layers = architectures.layout(base.config).layers
     wanted = None if from_site is None else parse_site(from_site, layers)
-    return base, [
-        intervene(name, choose_direction(directions, site, wanted), site, coefficient, units)
-        for site in parse_sites(sites, layers)
-    ]
+    return (
+        ref,
+        base,
+        [
+            intervene(name, choose_direction(directions, site, wanted), site, coefficient, units)
+            for site in parse_sites(sites, layers)
+        ],
+    )
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

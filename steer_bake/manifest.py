@@ -19,7 +19,7 @@ from safetensors.torch import save as to_bytes
 
 from . import __version__
 from .affine import Affine
-from .checkpoint import FileRecord
+from .checkpoint import FileRecord, check_complete
 from .direction import Direction
 from .errors import CheckpointError
 from .interventions import Intervention
@@ -82,6 +82,7 @@ def write(
         "plan": plan.as_json(),
         "plan_sha256": plan.sha256,
         "files": [asdict(record) for record in records],
+        "complete": all(record.how != "remote" for record in records),
         "stacked_on": stacked_on,
     }
     (folder / JSON_FILE).write_text(json.dumps(content, indent=2) + "\n")
@@ -94,12 +95,14 @@ def set_recipe(folder: Path, recipe: str) -> None:
         write_text(folder / JSON_FILE, json.dumps({**content, "recipe": recipe}, indent=2) + "\n")
 
 
-def read(folder: Path) -> Manifest:
-    """The manifest of a baked folder.
+def read(folder: Path, *, incomplete: bool = False) -> Manifest:
+    """The manifest of a baked folder; with ``incomplete`` also of one whose shards are still on the hub.
 
     Raises:
         CheckpointError: there is none, it is damaged, or its two files do not belong together.
     """
+    if not incomplete:
+        check_complete(folder)
     if not exists(folder):
         raise CheckpointError(f"{folder} holds no {JSON_FILE}: it was not baked by steer-bake, or the file was removed")
     try:

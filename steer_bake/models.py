@@ -7,6 +7,7 @@ cache directory; everything after that sees an ordinary checkpoint folder.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import io
 import json
@@ -30,12 +31,13 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from .checkpoint import CARRIED, CONFIG, INDEX, Checkpoint, RemoteFiles, check_complete, goes_along
 from .errors import CheckpointError, RecipeError, did_you_mean
 
 Progress = Callable[[int, int], None]
 
 #: What is fetched from the hub: weights only as safetensors, never pickles, nothing from subfolders.
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]
+_WANTED = ["*.json", "*.safetensors", "*.txt", *CARRIED]
 _UNWANTED = ["*/*", "consolidated*.safetensors"]  # the second: the same weights again, under another project's names
 _CONVERSION = 1  # raise it when the conversion below changes what it writes: old cache folders are then left alone
 
@@ -92,13 +94,64 @@ def resolve(name: str, *, cache: Path | None = None, progress: Progress | None =
         known = PACKAGED[name]
         note = f"dequantised from {known.file} ({known.quantisation})"
         return ModelRef(name, folder, packaged=note, original=known.original)
+    return _from_hub(*_hub_name(name), progress)
+
+
+def open_base(
+    name: str, *, weights: bool = True, cache: Path | None = None, progress: Progress | None = None
+) -> tuple[ModelRef, Checkpoint]:
+    """The model that ``name`` names, as :func:`resolve` finds it, opened.
+
+    Without ``weights`` a hub model that is not in the hub's cache stays where it is: its config and index are fetched
+    and of its safetensors files the headers. That is enough for a plan. (The cache serves where there is no network.)
+
+    Raises:
+        CheckpointError: there is no such model, it cannot be fetched, or a file of it is damaged.
+    """
+    if weights or _is_here(name):
+        ref = resolve(name, cache=cache, progress=progress)
+        return ref, Checkpoint.open(ref.folder)
+    hub_id, revision = _hub_name(name)
+    try:
+        remote = RemoteFiles.find(hub_id, revision)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        ref = _from_hub(hub_id, revision, progress, unreachable=error)
+        return ref, Checkpoint.open(ref.folder)
+    ref = _small_files(remote, [CONFIG, INDEX])
+    weights_there = {ref.folder / file: size for file, size in remote.sizes.items() if _is_weights(file)}
+    whole = bool(weights_there) and all(_has_size(path, size) for path, size in weights_there.items())
+    return ref, Checkpoint.open(ref.folder, None if whole else remote, progress)
+
+
+def open_remote(name: str, *, progress: Progress | None = None) -> tuple[ModelRef, Checkpoint]:
+    """The hub model ``name``, opened, with all files that go along with a bake, and its weights left on the hub.
+
+    Raises:
+        CheckpointError: ``name`` is no hub id, or the hub does not give these files.
+    """
+    if _is_here(name):
+        raise CheckpointError(f"{name} is on this machine, there is nothing to download; bake it without --no-download")
+    hub_id, revision = _hub_name(name)
+    try:
+        remote = RemoteFiles.find(hub_id, revision)
+    except Exception as error:  # as above
+        raise _not_there(hub_id, revision, "the hub did not give it", error) from error
+    ref = _small_files(remote, [CONFIG, INDEX, "steering.json", *filter(_goes_along, remote.sizes)])
+    return ref, Checkpoint.open(ref.folder, remote, progress)
+
+
+def _is_here(name: str) -> bool:
+    return bool(name) and (name in PACKAGED or Path(name).expanduser().is_dir())
+
+
+def _hub_name(name: str) -> tuple[str, str | None]:
     hub_id, _, revision = name.partition("@")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", hub_id, re.ASCII):
         raise CheckpointError(
             f"no model {name!r}: it is not a folder here, not a packaged model ({did_you_mean(hub_id, PACKAGED)}) "
             "and not a hub id such as 'org/name' or 'org/name@revision'"
         )
-    return _from_hub(hub_id, revision or None, progress)
+    return hub_id, revision or None
 
 
 def _default_cache() -> Path:
@@ -106,6 +159,7 @@ def _default_cache() -> Path:
 
 
 def _checked(folder: Path, name: str) -> Path:
+    check_complete(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name}: {folder} is a folder without config.json; give the folder of a saved model")
     if not any(folder.glob("*.safetensors")):
@@ -119,7 +173,10 @@ def _checked(folder: Path, name: str) -> Path:
 # The hub
 
 
-def _from_hub(hub_id: str, revision: str | None, progress: Progress | None) -> ModelRef:
+def _from_hub(
+    hub_id: str, revision: str | None, progress: Progress | None, unreachable: Exception | None = None
+) -> ModelRef:
+    """Download a model; where the hub was found ``unreachable`` before, take it from the cache or not at all."""
     try:
         found = snapshot_download(
             hub_id,
@@ -127,19 +184,52 @@ def _from_hub(hub_id: str, revision: str | None, progress: Progress | None) -> M
             allow_patterns=_WANTED,
             ignore_patterns=_UNWANTED,
             tqdm_class=_reporter(progress),
+            local_files_only=unreachable is not None,
         )
     except Exception as error:  # the hub client raises a dozen unrelated types, its network library's among them
-        asked = hub_id if revision is None else f"{hub_id}@{revision}"
-        nearest = did_you_mean(hub_id, PACKAGED)
-        raise CheckpointError(
-            f"no model {asked!r}: it is not a folder here, not a packaged model ({nearest}), "
-            f"and neither the hub's cache on this machine nor the hub gave it ({_first_line(error)}). Check the name, "
-            "the revision, the network (HF_HUB_OFFLINE), and, for a gated model, that you are logged in"
-        ) from error
+        why = "neither the hub's cache on this machine nor the hub gave it"
+        raise _not_there(hub_id, revision, why, unreachable or error) from error
     folder = Path(found)
     if not re.fullmatch(r"[0-9a-f]{40}", folder.name):
         raise CheckpointError(f"{hub_id}: the hub's cache folder {folder} is not named by a commit; delete it")
     return ModelRef(hub_id, _checked(folder, hub_id), hub_id=hub_id, revision=folder.name)
+
+
+def _small_files(remote: RemoteFiles, names: list[str]) -> ModelRef:
+    """``remote`` with those of its files in the cache that are ``names``."""
+    if CONFIG not in remote.sizes:
+        raise CheckpointError(f"{remote.hub_id} has no {CONFIG} on the hub; name the repository of a whole checkpoint")
+    try:
+        folder = remote.download(names, _reporter(None))
+    except CheckpointError:
+        raise
+    except Exception as error:  # as above
+        raise _not_there(remote.hub_id, remote.commit, "the hub did not give its small files", error) from error
+    return ModelRef(remote.hub_id, folder, hub_id=remote.hub_id, revision=remote.commit)
+
+
+def _not_there(hub_id: str, revision: str | None, why: str, error: Exception) -> CheckpointError:
+    asked = hub_id if revision is None else f"{hub_id}@{revision}"
+    nearest = did_you_mean(hub_id, PACKAGED)
+    return CheckpointError(
+        f"no model {asked!r}: it is not a folder here, not a packaged model ({nearest}), and {why} "
+        f"({_first_line(error)}). Check the name, the revision, the network (HF_HUB_OFFLINE), and, for a gated model, "
+        "that you are logged in"
+    )
+
+
+def _is_weights(file: str) -> bool:
+    """What :func:`_from_hub` would fetch of the weights."""
+    return "/" not in file and file.endswith(".safetensors") and not fnmatch.fnmatchcase(file, _UNWANTED[1])
+
+
+def _goes_along(file: str) -> bool:
+    folder, _, name = file.rpartition("/")
+    return goes_along(name) if not folder else folder == "additional_chat_templates" and name.endswith(".jinja")
+
+
+def _has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _reporter(progress: Progress | None) -> type[Any]:

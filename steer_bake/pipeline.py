@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from . import registry
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, check_no_weights
 from .interventions import Intervention
 from .job import Job
-from .models import pick_device, resolve
+from .models import ModelRef, open_base, open_remote, pick_device
 from .plan import make_plan
 from .stages import Progress, Stages, no_empty_folder, silent
 
@@ -69,19 +69,41 @@ def bake(
     *,
     target: str = "checkpoint",
     stack: bool = False,
+    download: bool = True,
     progress: Progress = silent,
 ) -> Path:
     """Fold ``interventions`` into a copy of ``model`` (hub id, folder or packaged name) at ``out``.
 
+    With ``download=False`` the weights of a hub model stay there: ``out`` then holds new tensors and all small files,
+    and its ``steering.json`` says which shards are to be copied on the hub before it is complete.
+
     Raises:
         NotFoldable: a site and operation that this model cannot hold exactly.
-        CheckpointError: the model is missing, damaged or was baked before, or ``out`` cannot be written.
+        CheckpointError: the model is missing, damaged or was baked before, ``out`` cannot be written, or the bake needs
+            weights that are not to be downloaded.
     """
-    write = registry.load("targets", target)
+    registry.module("targets", target)
     with progress("fetching the model") as advance:
-        ref = resolve(str(model), progress=advance)
-    base = Checkpoint.open(ref.folder)
+        open_model = open_base if download else open_remote
+        ref, base = open_model(str(model), progress=advance)
+    return bake_opened(ref, base, interventions, out, target=target, stack=stack, progress=progress)
+
+
+def bake_opened(
+    ref: ModelRef,
+    base: Checkpoint,
+    interventions: Sequence[Intervention],
+    out: str | Path,
+    *,
+    target: str = "checkpoint",
+    stack: bool = False,
+    progress: Progress = silent,
+) -> Path:
+    """:func:`bake` of a model that :func:`open_base` or :func:`open_remote` has opened."""
+    write = registry.load("targets", target)
     plan = make_plan(base, interventions)
+    if base.remote is not None:
+        check_no_weights(base, plan.edits)
     out = Path(out)
     with no_empty_folder(out), progress("baking") as advance:
         write(plan, base, ref, out, stack=stack, progress=advance)

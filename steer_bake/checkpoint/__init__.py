@@ -7,6 +7,7 @@
 Untouched shards are linked, touched ones streamed, new tensors go into one extra shard. The parts, lowest first:
 
     header      the file format, read without trust
+    remote      files that stay on the hub, read by ranges
     folder      Checkpoint: a validated folder
     edit        Edit, and its arithmetic in bounded pieces
     publishing  complete at its path or not at all
@@ -17,20 +18,28 @@ Untouched shards are linked, touched ones streamed, new tensors go into one extr
 
 from __future__ import annotations
 
-from .carry import FileRecord
+from .carry import CARRIED, FileRecord, goes_along
 from .edit import Diagonal, Edit, plain_rounding, recompute
-from .folder import Checkpoint
+from .folder import CONFIG, INDEX, Checkpoint, check_complete
 from .header import TensorInfo
 from .publishing import check_room, publish
-from .writing import write_edited
+from .remote import RemoteFiles
+from .writing import check_no_weights, write_edited
 
 __all__ = [
+    "CARRIED",
+    "CONFIG",
+    "INDEX",
     "Checkpoint",
     "Diagonal",
     "Edit",
     "FileRecord",
+    "RemoteFiles",
     "TensorInfo",
+    "check_complete",
+    "check_no_weights",
     "check_room",
+    "goes_along",
     "plain_rounding",
     "publish",
     "recompute",

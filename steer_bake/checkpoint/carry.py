@@ -58,10 +58,11 @@ class FileRecord:
 
     name: str
     size: int  # bytes
-    how: str  # "linked" | "reflinked" | "copied" | "written"
+    how: str  # "linked" | "reflinked" | "copied" | "written" | "remote": not here, to be copied on the hub
     sha256: str | None  # of files whose every byte passed through here; None where the kernel linked or copied weights
     header_hash: str | None  # sha256 of the header, of safetensors files
-    lfs_sha256: str | None  # of files that are a link into a hub cache: the id that the hub knows them by, their sha256
+    lfs_sha256: str | None  # of files of a hub model: the id that the hub knows them by, their sha256
+    source: str | None = None  # of remote files: their name in the base
 
 
 def place(source: Path, target: Path) -> str | None:
@@ -105,7 +106,7 @@ def carry(source: Path, target: Path) -> list[FileRecord]:
     """Copy what goes along with the weights. Copied, not linked: people edit these files."""
     records = []
     for path in sorted(source.iterdir()):
-        if path.is_file() and _goes_along(path.name):
+        if path.is_file() and goes_along(path.name):
             records.append(_written(target / path.name, path.read_bytes(), "copied", lfs_sha256(path)))
     templates = source / "additional_chat_templates"
     if templates.is_dir():
@@ -116,7 +117,8 @@ def carry(source: Path, target: Path) -> list[FileRecord]:
     return records
 
 
-def _goes_along(name: str) -> bool:
+def goes_along(name: str) -> bool:
+    """True for the files of a base that :func:`carry` copies."""
     if name == CONFIG or any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_BEHIND):
         return False
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in CARRIED)

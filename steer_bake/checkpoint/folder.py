@@ -1,11 +1,13 @@
-"""Opening a checkpoint folder: config, index and headers validated, no weights in memory."""
+"""Opening a checkpoint: config, index and headers validated, no weights in memory; they may be on the hub."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from .header import (
     open_regular,
     read_header,
 )
+from .remote import SMALL, RemoteFiles
 
 CONFIG, ONE_FILE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -41,10 +44,19 @@ class Checkpoint:
     files: tuple[str, ...]  # the safetensors files, sorted by name
     headers: dict[str, Header]  # by file
     index_metadata: dict[str, Any]  # of the index; empty for a one-file checkpoint
+    remote: RemoteFiles | None = None  # where the safetensors files are, if not in the folder
 
     @classmethod
-    def open(cls, folder: Path) -> Checkpoint:
+    def open(
+        cls,
+        folder: Path,
+        remote: RemoteFiles | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Checkpoint:
         """Read and check ``config.json``, the index if there is one, and the header of every safetensors file.
+
+        With ``remote`` the folder holds the JSON files only and the headers come from the hub, a few requests at a
+        time; ``progress`` is then called with headers (done, total).
 
         Raises:
             CheckpointError: something is missing, damaged or unsafe; the message names the file.
@@ -52,29 +64,44 @@ class Checkpoint:
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"{folder} is not a folder; give the folder that holds config.json and the weights")
+        if remote is None:
+            check_complete(folder)
         config = _read_json(folder, CONFIG)
-        if os.path.lexists(folder / ONE_FILE):  # as transformers does: the one file goes before an index
+        if _is_there(folder, ONE_FILE, remote):  # as transformers does: the one file goes before an index
             weight_map: dict[str, str] = {}
             metadata: dict[str, Any] = {}
             files: tuple[str, ...] = (ONE_FILE,)
         elif os.path.lexists(folder / INDEX):
             weight_map, metadata = _index(folder)
             files = tuple(sorted(set(weight_map.values())))
+        elif remote is not None:
+            raise CheckpointError(_no_weights(remote.name, remote.sizes))
         else:
-            raise CheckpointError(_no_weights(folder))
-        headers = {file: _header(folder, file) for file in files}
+            raise CheckpointError(_no_weights(str(folder), os.listdir(folder)))
+        if remote is None:
+            headers = {file: _header(folder, file) for file in files}
+        else:
+            for file in files:
+                if file not in remote.sizes:
+                    raise CheckpointError(f"{file} is missing in {remote.name}, though its index names it; use another")
+            headers = remote.headers(files, progress)
         tensors = _tensors(folder, headers)
         for name, file in weight_map.items():
             if name not in tensors or tensors[name].file != file:
                 raise CheckpointError(f"{folder / INDEX}: tensor {name!r} is not in {file!r}; download both again")
-        return cls(folder, config, tensors, files, headers, metadata)
+        return cls(folder, config, tensors, files, headers, metadata, remote)
+
+    @property
+    def name(self) -> str:
+        """How messages call it: the folder, or the model on the hub that was left there."""
+        return str(self.folder) if self.remote is None else self.remote.name
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and place of a tensor (raises CheckpointError where there is none of that name)."""
         if name not in self.tensors:
             close = difflib.get_close_matches(name, self.tensors, n=1)
             raise CheckpointError(
-                f"{self.folder} has no tensor {name!r}"
+                f"{self.name} has no tensor {name!r}"
                 + (
                     f"; did you mean {close[0]!r}?"
                     if close
@@ -84,10 +111,11 @@ class Checkpoint:
         return self.tensors[name]
 
     def read(self, name: str) -> Tensor:
-        """The tensor ``name`` in its own dtype and shape.
+        """The tensor ``name`` in its own dtype and shape; of a remote file, its bytes alone are fetched.
 
         Raises:
-            CheckpointError: there is no such tensor, its dtype has no torch equivalent, or the file has changed.
+            CheckpointError: there is no such tensor, its dtype has no torch equivalent, or the file has changed; of a
+                remote file, it is larger than a bias or a norm.
         """
         info = self.info(name)
         if info.dtype not in TORCH_DTYPES:
@@ -95,9 +123,25 @@ class Checkpoint:
                 f"tensor {name!r} is stored as {info.dtype}, which torch cannot hold; use another base"
             )
         buffer = torch.empty(info.nbytes, dtype=torch.uint8)
+        if self.remote is not None:
+            as_bytes(buffer)[:] = self._fetch(self.remote, info)
+            return buffer.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
         with open_regular(self.folder / info.file) as file:
             read_exactly(file.fileno(), buffer, info.start, info.file)
         return buffer.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)
+
+    def _fetch(self, remote: RemoteFiles, info: TensorInfo) -> bytes:
+        if info.nbytes > SMALL:
+            raise CheckpointError(
+                f"tensor {info.name!r} of {self.name} is {info.nbytes:,} bytes, and the weights were left on the hub; "
+                f"download them first: hf download {remote.hub_id} --revision {remote.commit}"
+            )
+        return remote.fetch(info.file, info.start, info.nbytes)
+
+    def size(self, file: str) -> int:
+        """Bytes of a safetensors file: its header says it."""
+        header = self.headers[file]
+        return header.tensors[-1].end if header.tensors else header.start
 
     def header_hash(self, file: str) -> str:
         """sha256 of the header of ``file``: length prefix and JSON."""
@@ -174,12 +218,38 @@ def _tensors(folder: Path, headers: dict[str, Header]) -> dict[str, TensorInfo]:
     return found
 
 
-def _no_weights(folder: Path) -> str:
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+def _is_there(folder: Path, file: str, remote: RemoteFiles | None) -> bool:
+    return os.path.lexists(folder / file) if remote is None else file in remote.sizes
+
+
+def check_complete(folder: Path) -> None:
+    """Refuse a folder whose ``steering.json`` says that some of its shards are still on the hub, as long as they are.
+
+    Raises:
+        CheckpointError: the message names a shard, where it is, and how to come by it.
+    """
+    try:
+        content = json.loads((folder / "steering.json").read_text(encoding="utf-8"))
+        away = {} if content.get("complete", True) else {one["name"]: one.get("source") for one in content["files"]}
+        base = content["base"]["name"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # not baked, or damaged: whoever needs the file says so
+    missing = [name for name, source in away.items() if source and not os.path.exists(folder / name)]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is not complete: it was baked without downloading {base}, and {len(missing)} of its files are "
+            f"only there ({missing[0]} is {away[missing[0]]} of the base). Complete it on the hub with: "
+            "steer-bake push --from-base, or bake again without --no-download"
+        )
+
+
+def _no_weights(name: str, files: Iterable[str]) -> str:
+    endings = {os.path.splitext(file)[1] for file in files}
+    if endings & {".bin", ".pt", ".pth"}:
         return (
-            f"{folder} holds its weights as pickle files (.bin, .pt), which can run code and are not read; convert: "
+            f"{name} holds its weights as pickle files (.bin, .pt), which can run code and are not read; convert: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder) writes safetensors"
         )
-    if any(folder.glob("*.gguf")):
-        return f"{folder} holds GGUF files; bake the original checkpoint (safetensors) and convert the result"
-    return f"{folder} has neither {ONE_FILE} nor {INDEX}; give the folder of a whole checkpoint"
+    if ".gguf" in endings:
+        return f"{name} holds GGUF files; bake the original checkpoint (safetensors) and convert the result"
+    return f"{name} has neither {ONE_FILE} nor {INDEX}; give the folder of a whole checkpoint"

@@ -32,6 +32,8 @@ def write_edited(
 ) -> list[FileRecord]:
     """Fill the empty folder ``folder`` with ``base`` plus ``edits``: a whole checkpoint, with the base's other files.
 
+    Of a base whose weights were left on the hub, its shards are recorded and not written.
+
     Args:
         config_changes: merged into ``config.json``, tables within tables too.
         dtype: store edited and new tensors in this dtype instead of their own; untouched ones stay as they are.
@@ -44,18 +46,20 @@ def write_edited(
         One record per file, in the order in which they were written; the index is the last.
 
     Raises:
-        CheckpointError: an edit does not fit the base, or the folder cannot be written; what is in it then is of no use
-            (:func:`publish` removes it).
+        CheckpointError: an edit does not fit the base or needs weights that were left on the hub, or the folder cannot
+            be written; what is in it then is of no use (:func:`publish` removes it).
     """
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"edits cannot be stored as {dtype!r}; choose one of {', '.join(FLOATS)}")
     shards = _layout(base, edits, dict(rename or {}), dtype)
+    if base.remote is not None:
+        _check_untouched(base, shards)
     linked: dict[str, str] = {}
     new: list[NewFile] = []
     needed = 0
     try:
         for shard in shards:
-            how = place(base.folder / shard.source, folder / shard.name) if shard.untouched else None
+            how = _place(base, shard, folder)
             if how is None:
                 new.append(shard.new_file(base, folder, rounding))
             else:
@@ -71,6 +75,36 @@ def write_edited(
     except OSError as error:
         raise cannot_write(error, folder, needed) from error
     return records
+
+
+def check_no_weights(base: Checkpoint, edits: Sequence[Edit]) -> None:
+    """Refuse ``edits`` that need more of ``base`` than its headers: all but tensors that are new and made from nothing.
+
+    Raises:
+        CheckpointError: the message names the tensor and the file that would have to be downloaded.
+    """
+    _check_untouched(base, _layout(base, edits, {}, None))
+
+
+def _check_untouched(base: Checkpoint, shards: Sequence[_Shard]) -> None:
+    for shard in shards:
+        rewritten = bool(shard.source) and not shard.untouched
+        needed = next((edit for edit in shard.edits.values() if rewritten or edit.source is not None), None)
+        if needed is None and not rewritten:
+            continue
+        what = f"a change of {needed.tensor!r}" if needed else "a renamed tensor"
+        file = shard.source or base.tensors[str(needed and needed.source)].file
+        raise CheckpointError(
+            f"{what} needs the weights in {file} of {base.name} ({base.size(file):,} bytes): without them only new "
+            "tensors can be written. Bake without --no-download"
+        )
+
+
+def _place(base: Checkpoint, shard: _Shard, folder: Path) -> str | None:
+    """How an untouched shard came to be in ``folder``, or ``"remote"``; None where it has to be written."""
+    if not shard.untouched:
+        return None
+    return "remote" if base.remote else place(base.folder / shard.source, folder / shard.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,8 +231,11 @@ def _shard(
 
 
 def _record(base: Checkpoint, shard: _Shard, how: str | None, folder: Path, hashes: Mapping[str, str]) -> FileRecord:
-    size = (folder / shard.name).stat().st_size
     header = base.header_hash(shard.source) if shard.header is None else hashlib.sha256(shard.header).hexdigest()
+    if how == "remote" and base.remote is not None:
+        lfs = base.remote.lfs_sha256.get(shard.source)
+        return FileRecord(shard.name, base.size(shard.source), how, None, header, lfs, shard.source)
+    size = (folder / shard.name).stat().st_size
     if how is None:
         how = "copied" if shard.untouched else "written"
     lfs = lfs_sha256(base.folder / shard.source) if shard.untouched else None
