@@ -173,7 +173,10 @@ class Comparison:
     @contextmanager
     def _model(self, dtype: str) -> Iterator[PreTrainedModel]:
         folder, stream = str(self.base.folder), self.job["stream"]
-        model, problems = reload_worker.load_strict(folder, dtype, self.job["device"], stream=stream)
+        try:
+            model, problems = reload_worker.load_strict(folder, dtype, self.job["device"], stream=stream)
+        except ValueError as error:
+            raise CheckpointError(f"the base {folder} cannot be loaded: {error}") from error
         if problems:
             raise CheckpointError(f"the base {folder} does not load cleanly: {'; '.join(problems[:4])}")
         reload_worker.count_passes(model, self.advance)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -89,11 +91,11 @@ def validate(
         CheckpointError: the base is missing or damaged, or cannot be streamed. (A damaged candidate is a failed check.)
     """
     base = Checkpoint.open(base_folder)
+    plan = make_plan(base, interventions)
+    architecture = architectures.for_config(base.config)
     reason = streaming.why_not(str(base_folder)) if stream else None
     if reason:
         raise CheckpointError(f"{reason}: leave out --stream, on a machine whose memory holds the model in float32")
-    plan = make_plan(base, interventions)
-    architecture = architectures.for_config(base.config)
     job = {
         "batches": [list(map(list, rows[at : at + batch_size])) for at in range(0, len(rows), batch_size)],
         "decode": list(map(list, rows[:decode_prompts])),
@@ -108,6 +110,7 @@ def validate(
     checks = [*_structure(folder, base, plan)]
     with tempfile.TemporaryDirectory(prefix="steer-bake-validate-") as name:
         scratch = Path(name)
+        _check_room(base, plan, sum(map(len, rows)), scratch)
         candidates = _candidates(folder, base, plan, scratch)
         passes = _Passes(candidates, job, plan, progress)
         problems = _run_worker(candidates, job, along, scratch, passes)
@@ -215,6 +218,21 @@ def _fit_text(off: float) -> str:
 # --- the candidate, in a fresh process
 
 
+def _check_room(base: Checkpoint, plan: Plan, tokens: int, scratch: Path) -> None:
+    """Refuse to begin what would fill the disk of ``scratch``: logits, and edited matrices once more in float32."""
+    vocabulary = base.config.get("vocab_size")
+    logits = 4 * tokens * vocabulary if isinstance(vocabulary, int) else 0
+    needed = (1 if storage_dtype(base) == "float32" else 3) * logits
+    if storage_dtype(base) != "float32" and not plan.is_constant:
+        needed += sum(4 * math.prod(edit.shape) for edit in plan.edits)
+    free = shutil.disk_usage(scratch).free
+    if free < needed:
+        raise CheckpointError(
+            f"logits and float32 copies of edited tensors take {needed / 1e9:.1f} GB of {scratch.parent}, where "
+            f"{free / 1e9:.1f} GB are free; point TMPDIR to a disk with room, or validate on fewer prompts"
+        )
+
+
 def _candidates(folder: Path, base: Checkpoint, plan: Plan, scratch: Path) -> dict[str, tuple[Path, str]]:
     """Name to (folder, dtype): what is compared in float32, and the published file in its own dtype.
 
@@ -244,6 +262,7 @@ class _Passes:
         self._total = (sides + 1 + plan.is_constant) * batches + 2 * whole
         self._done = 0
         self._progress = progress or (lambda _done, _total: None)
+        self._progress(0, self._total)
 
     def one(self) -> None:
         self._set(self._done + 1)
