@@ -58,13 +58,14 @@ def certify(
     *,
     decode_tokens: int,
     device: str,
+    stream: bool = False,
     advance: Advance,
 ) -> Report:
     """:func:`validate.validate` with the base's own pad token."""
     tokenizer = load_tokenizer(base.folder)
     return validate(
         folder.absolute(), base.folder.absolute(), list(interventions), rows,
-        pad_id=int(tokenizer.pad_token_id), device=device, decode_tokens=decode_tokens, progress=advance,
+        pad_id=int(tokenizer.pad_token_id), device=device, decode_tokens=decode_tokens, stream=stream, progress=advance,
     )  # fmt: skip
 
 

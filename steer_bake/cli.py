@@ -271,6 +271,11 @@ def bake(
 @click.option(
     "--decode-tokens", type=click.IntRange(min=1), default=24, show_default=True, help="Greedy tokens to compare."
 )
+@click.option(
+    "--stream", is_flag=True,
+    help="For a model larger than memory: weights stay on disk, one tensor at a time is read. Same figures; every "
+    "batch and every decoded token reads the whole model anew, so it is slow.",
+)  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the report here as JSON too.")
 @_device
 @_json
@@ -280,6 +285,7 @@ def validate(
     prompts: str,
     limit: int,
     decode_tokens: int,
+    stream: bool,
     out: Path | None,
     device: str,
     as_json: bool,
@@ -302,8 +308,9 @@ def validate(
     rows = proof_rows(Prompts(path=prompts, limit=limit), Path(), reference, decode_tokens)
     with progress("validating") as advance:
         report = certify(
-            folder, reference, found.interventions, rows, decode_tokens=decode_tokens, device=device, advance=advance
-        )
+            folder, reference, found.interventions, rows,
+            decode_tokens=decode_tokens, device=device, stream=stream, advance=advance,
+        )  # fmt: skip
     if out:
         write_text(out, json.dumps(report.as_json(), indent=2) + "\n")
     if as_json:

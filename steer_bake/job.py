@@ -269,7 +269,8 @@ class Job:
         with self.progress("validating") as advance:
             report = baked.certify(
                 self.model, self.base, plan.interventions, self._proof_rows,
-                decode_tokens=self.recipe.validation.decode_tokens, device=self.device, advance=advance,
+                decode_tokens=self.recipe.validation.decode_tokens, device=self.device,
+                stream=self.recipe.validation.stream, advance=advance,
             )  # fmt: skip
         write_text(self.report_file, json.dumps(report.as_json(), indent=2) + "\n")
         try:

@@ -85,6 +85,7 @@ class Target(_Section):
 class Validate(_Section):
     prompts: PromptSet = Prompts(path="plain", limit=24)
     decode_tokens: Annotated[int, Field(gt=0)] = 24
+    stream: bool = False  # for a model larger than memory: its weights stay on disk
 
 
 class Evaluate(_Section):

@@ -167,15 +167,15 @@ def test_stacking_is_refused_until_it_is_asked_for(baked: Path, vector: Path, tm
     assert "twice" in ok(*asked, "--stack").stdout
 
 
+@pytest.mark.parametrize("how", [[], ["--stream"]], ids=["in memory", "from disk"])
 def test_validate_proves_a_baked_folder_named_by_a_relative_path(
-    baked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    baked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
 ) -> None:
     jobs.write_prompts(tmp_path)
     monkeypatch.chdir(baked.parent)
     report = tmp_path / "report.json"
-    done = ok(
-        "validate", baked.name, "--prompts", tmp_path / "proof.jsonl", "--decode-tokens", "4", "-o", report, "--json"
-    )
+    asked = ["validate", baked.name, "--prompts", tmp_path / "proof.jsonl", "--decode-tokens", "4", *how]
+    done = ok(*asked, "-o", report, "--json")
     assert json.loads(done.stdout)["passed"] is True
     assert json.loads(report.read_text()) == json.loads(done.stdout)
     card = ok("card", baked, "--report", report, "--dry-run").stdout

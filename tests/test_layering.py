@@ -11,7 +11,7 @@ import pytest
 
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
-    ("errors", "registry", "reload_worker"),
+    ("errors", "registry", "reload_worker", "streaming"),
     ("affine", "sites"),
     (
         "direction",
@@ -39,7 +39,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 #: Run by path in a fresh process that must not know steer_bake.
-STANDALONE = ("reload_worker",)
+STANDALONE = ("reload_worker", "streaming")
 #: Data folders without code.
 DATA = ("prompt_sets",)
 
