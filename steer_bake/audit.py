@@ -107,9 +107,14 @@ def _report(
     folder: Path, base: Checkpoint, plan: Plan | None, told: Manifest | None, hashed: bool, checks: list[Check]
 ) -> Audit:
     return Audit(
-        str(folder), str(base.folder), plan and plan.sha256, hashed, told and told.computed_elsewhere,
-        all(check.passed for check in checks), tuple(checks),
-    )  # fmt: skip
+        str(folder),
+        str(base.folder),
+        plan.sha256 if plan else None,
+        hashed,
+        told.computed_elsewhere if told else None,
+        all(check.passed for check in checks),
+        tuple(checks),
+    )
 
 
 class _Counter:
@@ -192,7 +197,7 @@ def _check_base(base: Checkpoint, told: Manifest) -> Check:
     stacked, layer = told.content["stacked_on"], _layer(base)
     if stacked is None and layer is not None:
         problems.append("it was baked before, and steering.json does not say so (stacked_on)")
-    if stacked is not None and layer != {**stacked, "recipe": None}:
+    if stacked is not None and (not isinstance(stacked, dict) or layer != {**stacked, "recipe": None}):
         problems.append("steering.json says that it was baked before (stacked_on), and this base was not, or otherwise")
     good = f"headers of {len(files)} weight files as recorded"
     good += f", hub ids of {known}" if known else ""
@@ -216,7 +221,9 @@ def _check_headers(found: Checkpoint, base: Checkpoint, told: Manifest) -> Check
     problems = []
     recorded = {one.name: one.header_hash for one in told.files if one.header_hash is not None}
     if set(recorded) != set(found.files):
-        problems.append(f"the weights are read from {_short(sorted(found.files))}, recorded are {_short(sorted(recorded))}")
+        problems.append(
+            f"the weights are read from {_short(sorted(found.files))}, recorded are {_short(sorted(recorded))}"
+        )
     problems += [
         f"the header of {name} is not the recorded one"
         for name in found.files
@@ -226,7 +233,9 @@ def _check_headers(found: Checkpoint, base: Checkpoint, told: Manifest) -> Check
         if file.baked in found.headers and file.name in base.headers:
             before, now = base.headers[file.name].metadata, found.headers[file.baked].metadata
             if dict(before) != dict(now):
-                problems.append(f"the metadata of {file.baked} is {_short(dict(now))}, in the base {_short(dict(before))}")
+                problems.append(
+                    f"the metadata of {file.baked} is {_short(dict(now))}, in the base {_short(dict(before))}"
+                )
     problems += _index_problems(found, base)
     return Check.of("headers", problems, f"{len(found.files)} headers and the index as recorded, metadata the base's")
 
@@ -257,11 +266,14 @@ def check_tensors(
     plan: Plan,
     *,
     elsewhere: str | None = None,
+    fitted: bool = False,
     advance: Advance = lambda _: None,
 ) -> Iterator[Check]:
     """Config, untouched tensors and edited tensors of ``found`` against ``base`` and ``plan``.
 
-    ``elsewhere``: what kind of machine the edits were computed on, where that is not this one.
+    Args:
+        elsewhere: what kind of machine the edits were computed on, where that is not this one.
+        fitted: also demand that the planned change survived rounding, by the coefficient fitted to each matrix.
     """
     planned = _merged(base.config, plan.config_changes)
     wrong = [
@@ -272,7 +284,7 @@ def check_tensors(
     ]
     yield Check.of("config", wrong, "the base's own and as planned")
     yield _check_untouched(found, base, {edit.tensor for edit in plan.edits}, advance)
-    yield _check_edited(found, base, plan, elsewhere, advance)
+    yield _check_edited(found, base, plan, elsewhere, fitted, advance)
 
 
 def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -308,28 +320,37 @@ def _linked(base: Checkpoint, found: Checkpoint, before: TensorInfo, now: Tensor
     return now.start == before.start and (found.folder / now.file).samefile(base.folder / before.file)
 
 
-def _check_edited(found: Checkpoint, base: Checkpoint, plan: Plan, elsewhere: str | None, advance: Advance) -> Check:
-    wrong, worst, off_by_one = [], 0.0, 0
+def _check_edited(
+    found: Checkpoint, base: Checkpoint, plan: Plan, elsewhere: str | None, fitted: bool, advance: Advance
+) -> Check:
+    wrong, worst, inexact = [], 0.0, 0
     for edit in plan.edits:
-        problem, off, inexact = _edited(edit, base, found, elsewhere is not None)
+        problem, off, same = _edited(edit, base, found, elsewhere is not None, fitted)
         worst = max(worst, off)
         wrong += [problem] if problem else []
-        off_by_one += inexact
+        inexact += not same
         advance(base.tensors[edit.source].nbytes if edit.source in base.tensors else 0)
-    good = f"{len(plan.edits)} as planned, bit for bit; fitted coefficients within {worst:.1e}"
-    if elsewhere is not None:
+    good = f"{len(plan.edits)} as planned, bit for bit"
+    if inexact:
         good = (
-            f"{len(plan.edits)} as planned, fitted coefficients within {worst:.1e}; {off_by_one} of them within one "
-            f"unit in the last place and not bit for bit, which is accepted because they were computed on {elsewhere}"
+            f"{len(plan.edits)} as planned, {inexact} of them within one unit in the last place and not bit for bit, "
+            f"which is accepted because steering.json says that they were computed on {elsewhere}"
         )
-    return Check("tensors", not wrong, worst, COEFFICIENT_TOLERANCE, listed(wrong) or good)
+    if fitted or inexact:
+        good += f"; fitted coefficients within {worst:.1e}"
+    measured = (worst, COEFFICIENT_TOLERANCE) if fitted or inexact else (None, None)
+    return Check("tensors", not wrong, *measured, listed(wrong) or good)
 
 
-def _edited(edit: Edit, base: Checkpoint, found: Checkpoint, elsewhere: bool) -> tuple[str | None, float, bool]:
-    """What is wrong with one edited tensor, how far its fitted coefficient is from the plan's, and whether bits differ.
+def _edited(
+    edit: Edit, base: Checkpoint, found: Checkpoint, elsewhere: bool, fitted: bool
+) -> tuple[str | None, float, bool]:
+    """What is wrong with one edited tensor, how far its fitted coefficient is from the plan's, and whether it has the
+    planned bits.
 
     The coefficient is that of the planned change in the change found: ``<W' - W, D> / <D, D>`` with ``D`` the planned
-    change. For an ablation it equals ``(1 - <r^T W', r^T W> / |r^T W|^2) / lambda``.
+    change. For an ablation it equals ``(1 - <r^T W', r^T W> / |r^T W|^2) / lambda``. It is measured for ``fitted``, and
+    where bits differ.
     """
     if edit.tensor not in found.tensors:
         return f"{edit.tensor} is missing", 1.0, False
@@ -338,28 +359,27 @@ def _edited(edit: Edit, base: Checkpoint, found: Checkpoint, elsewhere: bool) ->
         return f"{edit.tensor} has shape {list(now.shape)}, planned {list(edit.shape)}", 1.0, False
     if now.dtype != edit.dtype:
         return f"{edit.tensor} is stored as {now.dtype}, planned {edit.dtype}", 1.0, False
-    stored, planned = found.read(edit.tensor), recompute(base, edit)
-    apart = _units_apart(stored, planned)
-    good = apart == 0 or (elsewhere and apart == 1)
-    # Constants and copies are what the other legs of a certificate build on: nothing but the planned bits will do, and
-    # where these are there, rounding alone is what a coefficient would measure.
-    exact = stored.ndim == 1 or edit.affine.is_identity
-    if exact and good:
-        return None, 0.0, apart != 0
+    stored = found.read(edit.tensor)
+    apart = _units_apart(stored, recompute(base, edit))
+    accepted = apart == 0 or (elsewhere and apart == 1)
+    # Of a constant or a copy a coefficient would measure nothing but rounding: the bits are all there is to say.
+    whole = stored.ndim == 1 or edit.affine.is_identity
+    if accepted and (whole or (apart == 0 and not fitted)):
+        return None, 0.0, apart == 0
     off = _misfit(stored, edit, base)
-    if exact:
-        return f"{edit.tensor} is not as planned ({_fit_text(off)})", abs(off), True
+    if whole:
+        return f"{edit.tensor} is not as planned ({_fit_text(off)})", abs(off), False
     if not abs(off) <= COEFFICIENT_TOLERANCE:
-        return f"{edit.tensor}: {_fit_text(off)}", abs(off), True
+        return f"{edit.tensor}: {_fit_text(off)}", abs(off), apart == 0
     # A fitted coefficient does not see what was added across the planned change; the bits do.
-    return (None if good else f"{edit.tensor} carries the planned change and something else"), abs(off), apart != 0
+    return (None if accepted else f"{edit.tensor} carries the planned change and something else"), abs(off), apart == 0
 
 
 def _units_apart(one: Tensor, other: Tensor) -> int:
     """How far apart two tensors of one dtype are: 0 bit for bit, 1 one unit in the last place at most, 2 more."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
     least, worst = torch.iinfo(integer).min, 0
-    for left, right in zip(one.reshape(-1).split(BLOCK), other.reshape(-1).split(BLOCK), strict=True):
+    for left, right in zip(_pieces(one.reshape(-1), BLOCK), _pieces(other.reshape(-1), BLOCK), strict=True):
         if torch.equal(left.view(torch.uint8), right.view(torch.uint8)):
             continue
         # The bits of floats count up away from zero; negative ones are turned round, so that neighbours differ by one.
@@ -387,7 +407,12 @@ def _vectors(tensor: Tensor, axis: int) -> Iterator[Tensor]:
     """The vectors of the stream in ``tensor``, some at a time: [n, d]."""
     moved = tensor.movedim(axis, -1)
     rows = moved.reshape(-1, moved.shape[-1]) if moved.ndim != 2 else moved
-    yield from rows.split(max(1, BLOCK // max(1, moved.shape[-1])))
+    yield from _pieces(rows, max(1, BLOCK // max(1, moved.shape[-1])))
+
+
+def _pieces(rows: Tensor, size: int) -> Iterator[Tensor]:
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
 
 
 def _fit_text(off: float) -> str:

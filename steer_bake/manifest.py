@@ -81,7 +81,7 @@ def write(
     recipe: str | None,
     stacked_on: Any = None,
 ) -> None:
-    """Write both files into ``folder``; ``recipe`` is the YAML text, kept verbatim; of ``stacked_on`` see the target."""
+    """Write both files into ``folder``; ``recipe`` is the YAML text, kept verbatim."""
     tensors = {}
     for index, intervention in enumerate(plan.interventions):
         affine = intervention.affine
@@ -128,6 +128,12 @@ def read(folder: Path) -> Manifest:
         tensors = load_file(folder / VECTORS_FILE)
         described = content["plan"]["interventions"]
         found = tuple(_intervention(index, one, tensors) for index, one in enumerate(described))
+        for intervention, one in zip(found, described, strict=True):
+            if describe(intervention)["sha256"] != one["sha256"]:
+                raise CheckpointError(
+                    f"{JSON_FILE} and {VECTORS_FILE} in {folder} do not belong together (the vector of {one['name']} "
+                    f"at {one['site']} has another hash); bake it again"
+                )
         for known in ("name", "folder", "hub_id", "revision", "packaged", "original"):
             content["base"][known]
         for known in ("machine", "torch"):
@@ -135,17 +141,13 @@ def read(folder: Path) -> Manifest:
         content["plan_sha256"], content["recipe"], content["tool"]["version"], content["vectors_sha256"]
         content["stacked_on"]
         records = tuple(FileRecord(**one) for one in content["files"])
+        if not all(isinstance(one.name, str) and isinstance(one.size, int) for one in records):
+            raise TypeError("a file without name or size")
         originals = Originals.read(content["base_files"], tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError, zlib.error) as error:
         raise CheckpointError(
             f"{JSON_FILE} or {VECTORS_FILE} in {folder} is damaged ({type(error).__name__}: {error}); bake it again"
         ) from error
-    for intervention, one in zip(found, described, strict=True):
-        if describe(intervention)["sha256"] != one["sha256"]:
-            raise CheckpointError(
-                f"{JSON_FILE} and {VECTORS_FILE} in {folder} do not belong together (the vector of {one['name']} at "
-                f"{one['site']} has another hash); bake it again"
-            )
     return Manifest(content, found, records, originals)
 
 

@@ -1,7 +1,7 @@
 """What a bake keeps of its base, so that it can be undone: what nobody could work out from the folder alone.
 
-Small things are kept whole, in ``steering.safetensors``: the texts of config and index, the headers of weight files that
-got another one, edited vectors (native biases), and both steering files of a base that was baked itself. Of edited
+Small things are kept whole, in ``steering.safetensors``: the texts of config and index, the headers of weight files
+that got another one, edited vectors (native biases), and both steering files of a base that was baked itself. Of edited
 matrices nothing is kept: their bytes are the base's. ``steering.json`` lists the base's weight files and their hashes.
 """
 
@@ -11,6 +11,7 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,8 +64,10 @@ class Originals:
         """For ``steering.safetensors``."""
         names = json.dumps({"edited": dict(self.edited), "rename": dict(self.rename)}).encode()
         texts = {"tensors": names, **self.texts}
-        packed = {f"undo.{name}": torch.frombuffer(bytearray(zlib.compress(text)), dtype=torch.uint8)
-                  for name, text in texts.items()}
+        packed = {
+            f"undo.{name}": torch.frombuffer(bytearray(zlib.compress(text)), dtype=torch.uint8)
+            for name, text in texts.items()
+        }
         return packed | {f"original.{name}": tensor.contiguous() for name, tensor in self.vectors.items()}
 
     @classmethod
@@ -76,6 +79,9 @@ class Originals:
         """
         texts = {name[5:]: _unpacked(tensor) for name, tensor in tensors.items() if name.startswith("undo.")}
         names = json.loads(texts.pop("tensors"))
+        for name in [*texts, *(one["name"] for one in listing)]:
+            if Path(name).name != name:
+                raise ValueError(f"{name!r} is no file of the folder")
         vectors = {name[9:]: tensor for name, tensor in tensors.items() if name.startswith("original.")}
         return cls(tuple(BaseFile(**one) for one in listing), names["edited"], names["rename"], vectors, texts)
 

@@ -129,7 +129,7 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
     except CheckpointError as error:
         yield Check("files", False, None, None, str(error))
         return
-    yield from check_tensors(found, base, plan, elsewhere=elsewhere)
+    yield from check_tensors(found, base, plan, elsewhere=elsewhere, fitted=True)
 
 
 # --- the candidate, in a fresh process

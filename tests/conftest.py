@@ -8,10 +8,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test worker inherits the width of somebody's terminal; the tests read tables of the ordinary width.
 os.environ.pop("COLUMNS", None)
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from steer_bake.baked import audit_against
 
 from . import tiny
 
@@ -29,3 +32,18 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied bfloat16 tiny Llama in several shards. Read-only."""
     return tiny.save_llama(tmp_path_factory.mktemp("tied_llama"), tied=True, shard_size="20KB")
+
+
+@pytest.fixture(autouse=True)
+def every_bake_passes_its_audit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test bakes into its own folder is audited when it is over, unless it damaged that on purpose."""
+    if "tmp_path" not in request.fixturenames or request.node.get_closest_marker("tampered"):
+        yield
+        return
+    folder: Path = request.getfixturevalue("tmp_path")
+    if "monkeypatch" in request.fixturenames:
+        request.getfixturevalue("monkeypatch")  # so that its patches are still there below
+    yield
+    for found in sorted(folder.rglob("steering.json")):
+        if not any(part.startswith(".") for part in found.relative_to(folder).parts):
+            audit_against(found.parent, None, hash_files=True).require()
