@@ -338,8 +338,8 @@ def _check_edited(
         )
     if fitted or inexact:
         good += f"; fitted coefficients within {worst:.1e}"
-    measured = (worst, COEFFICIENT_TOLERANCE) if fitted or inexact else (None, None)
-    return Check("tensors", not wrong, *measured, listed(wrong) or good)
+    value, limit = (worst, COEFFICIENT_TOLERANCE) if wrong or fitted or inexact else (None, None)
+    return Check("tensors", not wrong, value, limit, listed(wrong) or good)
 
 
 def _edited(

@@ -349,9 +349,10 @@ def unbake(folder: Path, out: Path, base: str | None, hash_files: bool, dry_run:
 
     if dry_run:
         told = read(folder)
-        if told.originals.needs_base:
+        with_base = base is not None or told.originals.needs_base
+        if with_base:
             find_base(told, base, progress=progress)
-        planned = steps(folder, with_base=True)
+        planned = steps(folder, with_base=with_base)
         if as_json:
             display.as_json([{"name": step.name, "how": step.how} for step in planned])
         else:
@@ -363,7 +364,9 @@ def unbake(folder: Path, out: Path, base: str | None, hash_files: bool, dry_run:
         display.as_json(done.as_json())
     else:
         display.steps(done.steps)
-        display.note(f"{out} is ready: {folder} was that plus its plan, byte for byte")
+        for name, why in done.unproven.items():
+            display.note(f"{name} was taken as it is: {why}")
+        display.note(f"{out} is ready: {folder} is that plus its plan")
 
 
 @main.command(short_help="Write the model card of a baked folder.")

@@ -8,7 +8,7 @@ together is audited before it appears at its path: the folder must be exactly th
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ class Undone:
     folder: str
     out: str
     steps: tuple[Step, ...]
+    unproven: Mapping[str, str]  # weight files whose bytes were taken from the baked folder unread, and why
     audit: Audit  # of the baked folder against what was written
 
     def as_json(self) -> dict[str, Any]:
@@ -81,7 +82,9 @@ def steps(folder: Path, *, with_base: bool) -> list[Step]:
             f"{folder} has edited matrices ({name}), which only the base has unedited; name it with --base"
         )
     headers = _original_headers(Checkpoint.open(folder), told.originals)
-    weights = [Step(file.name, _way(headers[file.name], file, told.originals)) for file in told.originals.files]
+    weights = [
+        Step(file.name, _way(headers[file.name], file, told.originals, with_base)) for file in told.originals.files
+    ]
     carried = [Step(str(path.relative_to(folder)), COPIED) for path in _carried(folder, told)]
     return [*weights, *carried, *(Step(name, STORED) for name in _stored(told.originals))]
 
@@ -98,7 +101,8 @@ def unbake(
     """Write the base of the baked ``folder`` to ``out``, bit for bit. A stacked bake is undone by one layer.
 
     Args:
-        base: needed where a matrix was edited (:func:`needs_base`); its files are then linked.
+        base: needed where a matrix was edited (:func:`needs_base`). Where it is given its weight files are linked, all
+            of them: nothing then rests on what the baked folder holds.
         hash_files: also read files that are only linked, and compare their recorded hashes.
         progress: called with bytes (done, total) of the closing audit.
 
@@ -113,7 +117,7 @@ def unbake(
     planned = steps(folder, with_base=base is not None)
     require(str(folder), [check_files(folder, None, told.files), check_others(folder, told.files)])
     if base is not None:
-        _check_base(base, told.originals, {step.name for step in planned if step.how == BASES})
+        _check_base(base, told.originals)
     with publish(out, overwrite=overwrite) as fresh:
         rebuild(found, told.originals, base, fresh, _recorded_hashes(told))
         for path in _carried(folder, told):
@@ -124,7 +128,7 @@ def unbake(
         _check_written(again, told.originals, hash_files)
         proof = audit(folder, again, hash_files=hash_files, progress=progress)
         proof.require()
-    return Undone(str(folder), str(out), tuple(planned), proof)
+    return Undone(str(folder), str(out), tuple(planned), _unproven(told, planned, hash_files), proof)
 
 
 def rebuild(
@@ -140,7 +144,7 @@ def rebuild(
     headers = _original_headers(found, kept)
     for file in kept.files:
         header, raw = headers[file.name]
-        way = _way(headers[file.name], file, kept)
+        way = _way(headers[file.name], file, kept, base is not None)
         if way == BASES:
             if base is None or file.name not in base.headers:
                 raise CheckpointError(f"{file.name} can only come from the base, which does not have it; name the base")
@@ -175,11 +179,23 @@ def _original_headers(found: Checkpoint, kept: Originals) -> dict[str, tuple[Hea
     return headers
 
 
-def _way(header: tuple[Header, bytes], file: BaseFile, kept: Originals) -> str:
+def _way(header: tuple[Header, bytes], file: BaseFile, kept: Originals, with_base: bool) -> str:
     ways = {kept.edited.get(info.name) for info in header[0].tensors}
-    if FROM_BASE in ways:
+    if with_base or FROM_BASE in ways:
         return BASES
     return REBUILT if ways & {KEPT, GROWN} or f"header.{file.name}" in kept.texts else SAME
+
+
+def _unproven(told: Manifest, planned: Sequence[Step], hash_files: bool) -> dict[str, str]:
+    """A file that is linked to the baked folder's is compared with nothing but its recorded hash."""
+    hashes, ways = _recorded_hashes(told), {step.name: step.how for step in planned}
+    found = {}
+    for file in told.originals.files:
+        if ways[file.name] in (SAME, REBUILT) and file.baked not in hashes:
+            found[file.name] = "no hash of it was recorded; the base itself, with --base, is the proof"
+        elif ways[file.name] == SAME and not hash_files:
+            found[file.name] = "its recorded hash was not compared; --hash does"
+    return found
 
 
 def _stored(kept: Originals) -> list[str]:
@@ -245,13 +261,21 @@ def _baked(found: Checkpoint, kept: Originals, info: TensorInfo) -> TensorInfo:
     return found.info(kept.rename.get(info.name, info.name))
 
 
-def _check_base(base: Checkpoint, kept: Originals, wanted: set[str]) -> None:
-    for file in kept.files:
-        if file.name in wanted and (file.name not in base.headers or base.header_hash(file.name) != file.header_hash):
-            raise CheckpointError(
-                f"{base.folder} is not the base: its {file.name} is missing or has another header; name the right one "
-                "with --base"
-            )
+def _check_base(base: Checkpoint, kept: Originals) -> None:
+    wrong = [
+        file.name
+        for file in kept.files
+        if file.name not in base.headers or base.header_hash(file.name) != file.header_hash
+    ]
+    wrong += [name for name in _stored(kept) if name in (CONFIG, INDEX) and not _holds(base.folder / name, kept, name)]
+    if wrong:
+        raise CheckpointError(
+            f"{base.folder} is not the base: its {wrong[0]} is missing or another one; name the right one with --base"
+        )
+
+
+def _holds(path: Path, kept: Originals, name: str) -> bool:
+    return path.is_file() and path.read_bytes() == kept.texts[name]
 
 
 def _check_written(again: Checkpoint, kept: Originals, hash_files: bool) -> None:

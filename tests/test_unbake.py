@@ -73,16 +73,43 @@ def failed_checks(base: Path, folder: Path) -> list[str]:
     return [check.name for check in audit(folder, Checkpoint.open(base)).checks if not check.passed]
 
 
-def test_untouched_files_are_linked_and_edited_matrices_come_from_the_base(tied_llama: Path, tmp_path: Path) -> None:
-    folder = baked(tied_llama, tmp_path / "baked", [ablate("mlp_out.2")])
-    planned = {step.name: step.how for step in steps(folder, with_base=True)}
+def test_untouched_files_are_linked(llama: Path, tied_llama: Path, tmp_path: Path) -> None:
+    folder = baked(tied_llama, tmp_path / "ablated", [ablate("mlp_out.2")])
+    assert {step.how for step in steps(folder, with_base=True) if "safetensors" in step.name} == {
+        "linked to the base's"
+    } | {"as steering.safetensors keeps it"}
     undo(folder, tmp_path / "out", None)
-    base = Checkpoint.open(tied_llama)
-    edited = base.tensors["model.layers.2.mlp.down_proj.weight"].file
-    assert [name for name, how in planned.items() if how == "linked to the base's"] == [edited]
-    for name in base.files:
+    for name in Checkpoint.open(tied_llama).files:
         assert (tmp_path / "out" / name).samefile(tied_llama / name)
-        assert planned[name] == f"linked to the {'base' if name == edited else 'baked folder'}'s"
+    added = baked(llama, tmp_path / "added", [add("resid_post.1")])
+    unbake(added, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").samefile(added / "model-00001-of-00002.safetensors")
+
+
+@pytest.mark.tampered
+def test_what_was_taken_unread_is_said(llama: Path, tmp_path: Path) -> None:
+    folder = baked(llama, tmp_path / "baked", [add("resid_post.1")])
+    flip(folder, "model.layers.0.self_attn.q_proj.weight")  # in a shard that was linked, of which no hash is known
+    assert "no hash of it was recorded" in unbake(folder, tmp_path / "out").unproven["model.safetensors"]
+    with pytest.raises(ValidationFailed, match="untouched tensors"):
+        unbake(folder, tmp_path / "other", Checkpoint.open(llama))
+    sound = baked(llama, tmp_path / "sound", [add("resid_post.1")])
+    assert unbake(sound, tmp_path / "third", Checkpoint.open(llama)).unproven == {}
+    said = command("unbake", sound, "-o", tmp_path / "fourth")
+    assert "model.safetensors was taken as it is: no hash of it" in said.stderr
+
+
+def test_a_recorded_hash_is_compared_where_that_is_asked_for(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steer_bake.checkpoint.writing.place", lambda source, target: None)  # as on another disk
+    folder = baked(llama, tmp_path / "baked", [add("resid_post.1")])
+    assert "--hash does" in unbake(folder, tmp_path / "out").unproven["model.safetensors"]
+    assert unbake(folder, tmp_path / "other", hash_files=True).unproven == {}
+    flip(folder, "model.layers.0.self_attn.q_proj.weight")
+    with pytest.raises(ValidationFailed, match=r"hashes: model-00001-of-00002\.safetensors"):
+        unbake(folder, tmp_path / "third", hash_files=True)
+    flip(folder, "model.layers.0.self_attn.q_proj.weight")  # back again
 
 
 def test_a_matrix_needs_the_base_and_says_so(llama: Path, tmp_path: Path) -> None:
@@ -367,6 +394,7 @@ def test_the_command_says_what_it_will_do_and_does_it(tied_llama: Path, tmp_path
     done = command("unbake", folder, "-o", out)
     assert done.exit_code == 0, done.output
     assert "linked to the base's" in done.stdout
+    assert "taken as it is" not in done.stderr
     given_back(tied_llama, out)
     again = command("unbake", folder, "-o", out)
     assert again.exit_code == 1
