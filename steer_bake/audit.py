@@ -22,11 +22,12 @@ from torch import Tensor
 from . import __version__, manifest
 from .checkpoint import Checkpoint, Edit, TensorInfo, recompute
 from .checkpoint.carry import lfs_sha256
-from .checkpoint.folder import INDEX, ONE_FILE
+from .checkpoint.folder import CONFIG, INDEX, ONE_FILE, as_bytes
 from .checks import Check, listed, require
 from .contents import Advance, check_files, check_hashes, check_others, same_bytes, sha256
 from .errors import CheckpointError, SteerBakeError
 from .manifest import Manifest
+from .originals import Originals
 from .plan import Plan, make_plan
 
 COEFFICIENT_TOLERANCE = 1e-3  # of the planned change in the change found, per edited matrix
@@ -194,6 +195,7 @@ def _check_base(base: Checkpoint, told: Manifest) -> Check:
         known += blob is not None and blob == file.lfs_sha256
         if blob is not None and file.lfs_sha256 is not None and blob != file.lfs_sha256:
             problems.append(f"{file.name} has another hub id than the recorded one")
+    problems += _kept_problems(base, told.originals)
     stacked, layer = told.content["stacked_on"], _layer(base)
     if stacked is None and layer is not None:
         problems.append("it was baked before, and steering.json does not say so (stacked_on)")
@@ -203,6 +205,19 @@ def _check_base(base: Checkpoint, told: Manifest) -> Check:
     good += f", hub ids of {known}" if known else ""
     good += f"; baked before: audit {base.folder} too" if stacked is not None else ""
     return Check.of("base", problems, good)
+
+
+def _kept_problems(base: Checkpoint, kept: Originals) -> Iterator[str]:
+    """What ``unbake`` would give back without asking the base."""
+    for name in (CONFIG, INDEX):
+        if name in kept.texts and not (
+            (base.folder / name).is_file() and (base.folder / name).read_bytes() == kept.texts[name]
+        ):
+            yield f"the {name} that is kept to undo the bake is not the base's"
+    for name, vector in kept.vectors.items():
+        info = base.tensors.get(name)
+        if info is None or info.nbytes != vector.nbytes or as_bytes(base.read(name)) != as_bytes(vector):
+            yield f"the {name} that is kept to undo the bake is not the base's"
 
 
 def _layer(base: Checkpoint) -> dict[str, Any] | None:
@@ -236,6 +251,12 @@ def _check_headers(found: Checkpoint, base: Checkpoint, told: Manifest) -> Check
                 problems.append(
                     f"the metadata of {file.baked} is {_short(dict(now))}, in the base {_short(dict(before))}"
                 )
+    ours = set(found.files) - {file.baked for file in told.originals.files}
+    for name in sorted(ours):
+        if dict(found.headers[name].metadata) != {"format": "pt"}:
+            problems.append(
+                f"the metadata of {name} is {_short(dict(found.headers[name].metadata))}, not that of a bake"
+            )
     problems += _index_problems(found, base)
     return Check.of("headers", problems, f"{len(found.files)} headers and the index as recorded, metadata the base's")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .checkpoint import Checkpoint, FileRecord
 from .checkpoint.carry import CARRIED, LEFT_BEHIND, lfs_sha256
-from .checkpoint.folder import CONFIG
+from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.header import open_regular
 from .checks import Check, listed
 from .originals import JSON_FILE, VECTORS_FILE
@@ -83,7 +83,7 @@ def check_files(folder: Path, base: Path | None, records: Sequence[FileRecord]) 
     along is what ``base`` has, and all of it is there. Of weight files the size is compared here."""
     problems = [problem for record in records for problem in _recorded(folder, record)]
     if base is not None:
-        problems += _carried(folder, base)
+        problems += [*_carried(folder, base), *_foreign(folder, base, records)]
     small = sum(record.header_hash is None for record in records)
     also = "" if base is None else "; what goes along with the weights is the base's, byte for byte"
     return Check.of("files", problems, f"{len(records)} as recorded, {small} of them by hash{also}")
@@ -117,6 +117,17 @@ def _carried(folder: Path, base: Path) -> Iterator[str]:
             yield f"the base's {name} is missing"
         elif not same_file(path, folder / name):
             yield f"{name} is not the base's"
+
+
+def _foreign(folder: Path, base: Path, records: Sequence[FileRecord]) -> Iterator[str]:
+    """A record alone makes no file the bake's: what it names must come from the base or be made by every bake."""
+    for record in records:
+        if record.header_hash is not None or record.name in (CONFIG, INDEX):
+            continue
+        for path in places(folder, record):
+            name = path.relative_to(folder)
+            if not (base / name).is_file() or not (name.parent.name or _goes_along(path.name)):
+                yield f"{name} is recorded, and no bake of this base writes it"
 
 
 def _goes_along(name: str) -> bool:

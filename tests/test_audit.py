@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,21 @@ def recorded_after(tamper: Callable[[Path, Path], object]) -> Callable[[Path, Pa
     return both
 
 
+def adapter_with_a_record(folder: Path, _base: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    digest = hashlib.sha256(b"{}").hexdigest()
+    record = {"name": "adapter_config.json", "size": 2, "how": "copied", "sha256": digest}
+    told(folder, lambda content: content["files"].append({**record, "header_hash": None, "lfs_sha256": None}))
+
+
+def kept_config_changed(folder: Path, _base: Path) -> None:
+    """The text that unbake would write: the manifest's hash of the file fits again."""
+    path = folder / "steering.safetensors"
+    packed = torch.frombuffer(bytearray(zlib.compress(b'{"model_type": "llama"}')), dtype=torch.uint8)
+    save_file({**load_file(path), "undo.config.json": packed}, path)
+    told(folder, lambda content: content.update(vectors_sha256=hashlib.sha256(path.read_bytes()).hexdigest()))
+
+
 #: what is done: (which folder, how, the check that must fail, words of its detail)
 TAMPERINGS: dict[str, tuple[str, Callable[[Path, Path], object], str, str]] = {
     "a bit of an untouched tensor": ("constant", lambda f, b: flip(f, QUERY), "untouched tensors", QUERY),
@@ -283,6 +299,14 @@ TAMPERINGS: dict[str, tuple[str, Callable[[Path, Path], object], str, str]] = {
         "tokenizer_config.json is missing",
     ),
     "an adapter": ("constant", put("adapter_config.json", "{}"), "other files", "adapter_config.json"),
+    "an adapter with a record": ("constant", adapter_with_a_record, "files", "no bake of this base writes it"),
+    "the config that unbake would write": ("constant", kept_config_changed, "base", "config.json that is kept"),
+    "the new shard's metadata": (
+        "constant",
+        recorded_after(lambda f, b: header(f, BIAS, lambda content: content.update(__metadata__={"format": "np"}))),
+        "headers",
+        "not that of a bake",
+    ),
     "one file beside the index": ("constant", one_file_beside_the_index, "other files", "model.safetensors"),
     "another shard": ("constant", put("zz.safetensors", ""), "other files", "zz.safetensors"),
     "a pickle": ("constant", put("pytorch_model.bin", ""), "other files", "pytorch_model.bin"),
