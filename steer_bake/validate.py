@@ -27,13 +27,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import architectures, manifest, reload_worker
-from .audit import check_tensors
 from .checkpoint import Checkpoint, write_edited
 from .checks import Check, require
 from .comparison import Comparison, Gap, storage_dtype, stream_probes
 from .errors import CheckpointError
 from .interventions import Intervention
 from .plan import Plan, make_plan
+from .tensors import check_tensors
 
 Progress = Callable[[int, int], None]
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("representations",),
     ("activations", "steering", "plan", "recipe"),
     ("originals",),
-    ("manifest", "contents"),
+    ("manifest", "contents", "tensors"),
     ("targets", "audit"),
     ("comparison", "unbake"),
     ("validate", "evaluate"),

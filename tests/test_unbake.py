@@ -299,15 +299,14 @@ def shapes(tied: bool, biased: bool) -> dict[str, tuple[int, ...]]:
     return found if tied else {**found, "lm_head.weight": (10, WIDTH)}
 
 
-def write_raw(draw: st.DrawFn, path: Path, tensors: dict[str, torch.Tensor], dtype: str) -> None:
+def raw(draw: st.DrawFn, tensors: dict[str, torch.Tensor], dtype: str) -> bytes:
     """A valid safetensors file in an unusual hand: any order, spaces, padding and metadata."""
     position, table, data = 0, [], b""
     for name in draw(st.permutations(sorted(tensors))):
-        raw = bytes(as_bytes(tensors[name]))
-        entry = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [position, position + len(raw)]}
+        data += bytes(as_bytes(tensors[name]))
+        entry = {"dtype": dtype, "shape": list(tensors[name].shape), "data_offsets": [position, len(data)]}
         table.append((name, entry))
-        position += len(raw)
-        data += raw
+        position = len(data)
     table = draw(st.permutations(table))
     metadata = draw(st.sampled_from([None, {}, {"format": "pt"}, {"format": "pt", "né": "日本"}]))
     if metadata is not None:
@@ -315,14 +314,13 @@ def write_raw(draw: st.DrawFn, path: Path, tensors: dict[str, torch.Tensor], dty
     separators = draw(st.sampled_from([(",", ":"), (", ", ": "), (" ,\n", "\t:")]))
     text = json.dumps(dict(table), separators=separators, ensure_ascii=draw(st.booleans())).encode()
     text += b" " * draw(st.sampled_from([0, 1, 7, -len(text) % 8, 100]))
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return len(text).to_bytes(8, "little") + text + data
 
 
 @st.composite
-def checkpoints(draw: st.DrawFn) -> tuple[Path, str]:
-    folder = Path(tempfile.mkdtemp(prefix="steer-bake-unbake-"))
-    base = folder / "base"
-    base.mkdir()
+def checkpoints(draw: st.DrawFn) -> dict[str, bytes]:
+    """The files of a small checkpoint, by name."""
+    files = {"tokenizer.json": b"{ }"}
     dtype, tied, biased = draw(st.sampled_from(sorted(DTYPES))), draw(st.booleans()), draw(st.booleans())
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     tensors = {
@@ -335,18 +333,17 @@ def checkpoints(draw: st.DrawFn) -> tuple[Path, str]:
     )
     weight_map = {name: names[draw(st.integers(0, count - 1))] for name in tensors}
     for file in sorted(set(weight_map.values())):
-        write_raw(draw, base / file, {name: tensors[name] for name in tensors if weight_map[name] == file}, dtype)
+        files[file] = raw(draw, {name: tensors[name] for name in tensors if weight_map[name] == file}, dtype)
     if count > 1:
         extra = draw(st.sampled_from([{}, {"metadata": {"total_size": 5, "total_parameters": 7, "by": "x"}}]))
         text = json.dumps({"weight_map": weight_map, **extra}, indent=draw(st.sampled_from([None, 1, 4])))
-        (base / "model.safetensors.index.json").write_text(text)
+        files[INDEX] = text.encode()
     config: dict[str, Any] = {"model_type": "llama", "hidden_size": WIDTH, "num_hidden_layers": 2, "vocab_size": 10}
     config |= {"tie_word_embeddings": tied, "intermediate_size": 6, "num_attention_heads": 2}
     config |= {"attention_bias": biased, "mlp_bias": biased, "name": draw(st.text(max_size=3))}
     text = json.dumps(config, indent=draw(st.sampled_from([None, 2, 3])), sort_keys=draw(st.booleans()))
-    (base / "config.json").write_text(text + draw(st.sampled_from(["", "\n", " \n\n"])))
-    (base / "tokenizer.json").write_text("{ }")
-    return base, draw(st.sampled_from(["add", "add at 0", "ablate", "clamp", "one matrix"]))
+    files["config.json"] = (text + draw(st.sampled_from(["", "\n", " \n\n"]))).encode()
+    return files
 
 
 def wanted(kind: str) -> list[Intervention]:
@@ -361,19 +358,18 @@ def wanted(kind: str) -> list[Intervention]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
-@given(checkpoints())
-def test_any_checkpoint_comes_back_byte_for_byte(made: tuple[Path, str]) -> None:
-    base, kind = made
-    try:
-        before = contents(base)
-        folder = baked(base, base.with_name("baked"), wanted(kind))
+@given(checkpoints(), st.sampled_from(["add", "add at 0", "ablate", "clamp", "one matrix"]))
+def test_any_checkpoint_comes_back_byte_for_byte(files: dict[str, bytes], kind: str) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        base, folder, out = (Path(place) / name for name in ("base", "baked", "out"))
+        base.mkdir()
+        for name, content in files.items():
+            (base / name).write_bytes(content)
+        baked(base, folder, wanted(kind))
         assert failed_checks(base, folder) == []
-        out = base.with_name("out")
         unbake(folder, out, Checkpoint.open(base) if needs_base(folder) else None)
-        assert contents(out) == before
-        assert contents(base) == before
-    finally:
-        shutil.rmtree(base.parent)
+        assert contents(out) == files
+        assert contents(base) == files
 
 
 # --- the command
