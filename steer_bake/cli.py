@@ -320,6 +320,78 @@ def validate(
     report.require()
 
 
+_hash = click.option("--hash", "hash_files", is_flag=True, help="Also read every file, and compare recorded hashes.")
+
+
+@main.command(short_help="Prove that a baked folder is base plus plan, byte for byte.")
+@_folder
+@_base
+@_hash
+@_json
+def audit(folder: Path, base: str | None, hash_files: bool, as_json: bool) -> None:
+    """Prove from bytes that a baked FOLDER is its base plus its plan and nothing else. No model is loaded.
+
+    Fails with a non-zero exit, naming what is wrong. Whether the model does what it should is what 'validate' tells.
+
+    \b
+    Examples:
+      steer-bake audit steered
+      steer-bake audit steered --base org/name@revision --hash
+    """
+    from .baked import audit_against
+
+    found = audit_against(folder, base, hash_files=hash_files, progress=progress)
+    if as_json:
+        display.as_json(found.as_json())
+    else:
+        display.report(found.as_json(), "audit")
+    found.require()
+
+
+@main.command(short_help="Give back the base of a baked folder, bit for bit.")
+@_folder
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Where the base goes: a new folder.")
+@_base
+@_hash
+@_dry_run
+@_json
+def unbake(folder: Path, out: Path, base: str | None, hash_files: bool, dry_run: bool, as_json: bool) -> None:
+    """Give back the base of a baked FOLDER, bit for bit, after proving that the folder is that base plus its plan.
+
+    New biases and config flags come off with what the folder keeps; edited matrices are the base's own, which is then
+    needed and linked. A model that was steered twice (bake --stack) is undone by one layer.
+
+    \b
+    Examples:
+      steer-bake unbake steered -o original
+      steer-bake unbake ablated -o original --base org/name@revision
+    """
+    from .baked import find_base, undo
+    from .manifest import read
+    from .unbake import steps
+
+    if dry_run:
+        told = read(folder)
+        with_base = base is not None or told.originals.needs_base
+        if with_base:
+            find_base(told, base, progress=progress)
+        planned = steps(folder, with_base=with_base)
+        if as_json:
+            display.as_json([{"name": step.name, "how": step.how} for step in planned])
+        else:
+            display.steps(planned)
+        display.note(f"this is what {out} would hold; nothing was written")
+        return
+    done = undo(folder, out, base, hash_files=hash_files, progress=progress)
+    if as_json:
+        display.as_json(done.as_json())
+    else:
+        display.steps(done.steps)
+        for name, why in done.unproven.items():
+            display.note(f"{name} was taken as it is: {why}")
+        display.note(f"{out} is ready: {folder} is that plus its plan")
+
+
 @main.command(short_help="Write the model card of a baked folder.")
 @_folder
 @click.option("--report", type=click.Path(path_type=Path), help="report.json; default: beside the folder.")

@@ -23,6 +23,7 @@ from .activations import collect
 from .affine import Affine, compose
 from .architectures import Architecture
 from .checkpoint import Checkpoint, recompute
+from .checks import Check
 from .errors import CheckpointError
 from .interventions import Intervention
 from .plan import Plan, describe
@@ -38,17 +39,6 @@ ROWS_AT_ONCE = 64  # a difference of logits takes several times their memory
 LEAST_EFFECT = 1e-3  # max logit gap base to hooked, in units of std(logits); less is a bake that does nothing
 
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the certificate."""
-
-    name: str
-    passed: bool
-    value: float | None  # what was measured, where it is one number
-    limit: float | None
-    detail: str
 
 
 @dataclass(frozen=True)

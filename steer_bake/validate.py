@@ -29,14 +29,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import architectures, reload_worker, streaming
-from .checkpoint import Checkpoint, Edit, recompute, write_edited
-from .comparison import Check, Comparison, Gap, storage_dtype, stream_probes
-from .errors import CheckpointError, ValidationFailed
+from . import architectures, manifest, reload_worker, streaming
+from .checkpoint import Checkpoint, write_edited
+from .checks import Check, require
+from .comparison import Comparison, Gap, storage_dtype, stream_probes
+from .errors import CheckpointError
 from .interventions import Intervention
 from .plan import Plan, make_plan
-
-COEFFICIENT_TOLERANCE = 1e-3  # of the planned change in the change found, per edited matrix
+from .tensors import check_tensors
 
 Progress = Callable[[int, int], None]
 
@@ -62,9 +62,7 @@ class Report:
 
     def require(self) -> None:
         """Raise :class:`ValidationFailed` naming every check that failed."""
-        failed = [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
-        if failed:
-            raise ValidationFailed(f"{self.folder} is not its base plus the plan. " + "; ".join(failed))
+        require(self.folder, self.checks)
 
 
 def validate(
@@ -136,83 +134,11 @@ def validate(
 def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
     try:
         found = Checkpoint.open(folder)
+        elsewhere = manifest.read(folder).computed_elsewhere if manifest.exists(folder) else None
     except CheckpointError as error:
         yield Check("files", False, None, None, str(error))
         return
-    planned = {**base.config, **plan.config_changes}
-    wrong = [
-        f"config.json has {key}={found.config.get(key)!r}, planned {planned.get(key)!r}"
-        for key in sorted({*planned, *found.config})
-        if found.config.get(key) != planned.get(key)
-    ]
-    yield Check("config", not wrong, None, None, "; ".join(wrong[:4]) or "the base's own and as planned")
-
-    edited = {edit.tensor for edit in plan.edits}
-    wrong = [f"{name} is in neither base nor plan" for name in sorted({*found.tensors} - {*base.tensors} - edited)]
-    wrong += [
-        f"{name} is not the base's"
-        for name in base.tensors
-        if name not in edited and not _same_bytes(base, found, name)
-    ]
-    yield Check("untouched tensors", not wrong, None, None, "; ".join(wrong[:4]) or "the bytes of the base")
-
-    wrong, worst = [], 0.0
-    for edit in plan.edits:
-        problem, off = _tensor_problem(edit, base, found)
-        worst = max(worst, off)
-        wrong += [problem] if problem else []
-    more = f" (and {len(wrong) - 4} more)" if len(wrong) > 4 else ""
-    yield Check(
-        "tensors", not wrong, worst, COEFFICIENT_TOLERANCE,
-        "; ".join(wrong[:4]) + more or f"{len(plan.edits)} as planned, fitted coefficients within {worst:.1e}",
-    )  # fmt: skip
-
-
-def _same_bytes(base: Checkpoint, found: Checkpoint, name: str) -> bool:
-    old, new = base.tensors[name], found.tensors.get(name)
-    if new is None or (new.dtype, new.shape) != (old.dtype, old.shape):
-        return False
-    if new.start == old.start and (found.folder / new.file).samefile(base.folder / old.file):
-        return True
-    before, after = (one.read(name).reshape(-1).view(torch.uint8) for one in (base, found))
-    return torch.equal(before, after)
-
-
-def _tensor_problem(edit: Edit, base: Checkpoint, found: Checkpoint) -> tuple[str | None, float]:
-    """What is wrong with one edited tensor, and how far its fitted coefficient is from the plan's.
-
-    The coefficient is that of the planned change in the change found: ``<W' - W, D> / <D, D>`` with ``D`` the planned
-    change. For an ablation it equals ``(1 - <r^T W', r^T W> / |r^T W|^2) / lambda``.
-    """
-    if edit.tensor not in found.tensors:
-        return f"{edit.tensor} is missing", 1.0
-    stored = found.read(edit.tensor)
-    before = base.read(edit.source).float() if edit.source else torch.zeros(edit.shape)
-    if stored.shape != before.shape:
-        return f"{edit.tensor} has shape {list(stored.shape)}, planned {list(before.shape)}", 1.0
-    planned = edit.affine(before, edit.axis)
-    if stored.ndim == 1 or edit.affine.is_identity:
-        # Constants and copies are what the other legs build on: nothing but the planned bits will do.
-        same = torch.equal(stored, recompute(base, edit, found.tensors[edit.tensor].dtype))
-        off = 0.0 if same else _misfit(stored.float(), before, planned)
-        return (None if same else f"{edit.tensor} is not as planned ({_fit_text(off)})"), off
-    off = _misfit(stored.float(), before, planned)
-    if abs(off) > COEFFICIENT_TOLERANCE:
-        return f"{edit.tensor}: {_fit_text(off)}", abs(off)
-    # A fitted coefficient does not see what was added across the planned change; the bits do.
-    same = found.tensors[edit.tensor].dtype == edit.dtype and torch.equal(stored, recompute(base, edit))
-    return (None if same else f"{edit.tensor} carries the planned change and something else"), abs(off)
-
-
-def _misfit(stored: Tensor, before: Tensor, planned: Tensor) -> float:
-    """Found over planned coefficient, minus one; where no change is planned, the size of the one found."""
-    change, found = (planned - before).double(), (stored - before).double()
-    size = float((change * change).sum())
-    return float((found * change).sum()) / size - 1 if size else float(found.norm())
-
-
-def _fit_text(off: float) -> str:
-    return f"it carries {1 + off:.4g} of the planned change"
+    yield from check_tensors(found, base, plan, elsewhere=elsewhere, fitted=True)
 
 
 # --- the candidate, in a fresh process

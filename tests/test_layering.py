@@ -12,7 +12,7 @@ import pytest
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
     ("errors", "registry", "reload_worker", "streaming"),
-    ("affine", "sites"),
+    ("affine", "checks", "sites"),
     (
         "direction",
         "checkpoint",
@@ -24,9 +24,10 @@ LAYERS = (
     ("architectures", "interventions", "estimators", "judges"),
     ("representations",),
     ("activations", "steering", "plan", "recipe"),
-    ("manifest",),
-    ("targets",),
-    ("comparison",),
+    ("originals",),
+    ("manifest", "contents", "tensors"),
+    ("targets", "audit"),
+    ("comparison", "unbake"),
     ("validate", "evaluate"),
     ("behaviour",),
     ("baked",),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import manifest
+from .. import manifest, originals
 from ..checkpoint import Checkpoint, publish, write_edited
 from ..errors import CheckpointError
 from ..models import ModelRef
@@ -41,5 +41,6 @@ def checkpoint(
         before = json.loads((base.folder / manifest.JSON_FILE).read_text())
     with publish(out, overwrite=overwrite) as folder:
         records = write_edited(base, plan.edits, folder, config_changes=plan.config_changes, progress=progress)
-        manifest.write(folder, plan, ref, records, recipe=recipe, stacked_on=before)
+        kept = originals.keep(base, plan.edits, records)
+        manifest.write(folder, plan, ref, records, kept, recipe=recipe, stacked_on=before)
     return out
