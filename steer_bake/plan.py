@@ -49,7 +49,7 @@ class Plan:
     prefer: str = "smallest"
     constants: tuple[Constant, ...] = ()  # the tensors whose rounding is a constant of the stream
     rename: Mapping[str, str] = field(default_factory=dict)  # tensors of the base that get a new number
-    order: tuple[int, ...] = ()  # where layers were inserted: for each new layer, the old one that it is or is like
+    moved: tuple[tuple[int, int], ...] = ()  # where layers were inserted: the new numbers of an old layer's halves
 
     @property
     def is_constant(self) -> bool:
@@ -76,7 +76,7 @@ class Plan:
             ],
             "prefer": self.prefer,
             "config_changes": dict(self.config_changes),
-            **({"layers": list(self.order), "renamed": len(self.rename)} if self.order else {}),
+            **({"layers": [list(halves) for halves in self.moved]} if self.moved else {}),
             "edits": [
                 {
                     "tensor": edit.tensor,
@@ -89,6 +89,11 @@ class Plan:
                 for edit in self.edits
             ],
         }
+
+    def layers_after(self, layers: int) -> int:
+        """How many decoder layers the output has, of a base with ``layers``."""
+        extra = sum(decision.layers for decision in self.decisions)
+        return layers + extra
 
     @property
     def sha256(self) -> str:
@@ -157,10 +162,10 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
             decisions.append(Decision(str(where), piece.part, name, because, sizes[name], layers, others, holding.note))
             draft.add(holding)
     draft.complete()
-    edits, config_changes, constants, rename, order = draft.numbered()
+    edits, config_changes, constants, rename, moved = draft.numbered()
     return Plan(
         str(base.config["model_type"]), tuple(ordered), tuple(decisions), edits, config_changes, prefer, constants,
-        rename, order,
+        rename, moved,
     )  # fmt: skip
 
 

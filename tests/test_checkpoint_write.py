@@ -197,6 +197,7 @@ def test_an_inserted_layer_that_adds_nothing_changes_no_logit(base: Checkpoint, 
         assert torch.equal(load_strictly(tmp_path)(tokens).logits, before)
 
 
+@pytest.mark.tampered  # its steering files are made up
 def test_the_other_files_go_along_and_other_weights_do_not(llama: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "base"))
     along = ["LICENSE", "NOTICE.txt", "tokenizer.model", "merges.txt", "vocab.json", "special_tokens_map.json"]

@@ -11,8 +11,8 @@ import pytest
 
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
-    ("errors", "registry", "reload_worker"),
-    ("affine", "sites"),
+    ("errors", "registry", "reload_worker", "streaming"),
+    ("affine", "checks", "sites"),
     (
         "direction",
         "checkpoint",
@@ -26,9 +26,10 @@ LAYERS = (
     ("depth", "representations"),
     ("draft",),
     ("activations", "steering", "plan", "recipe"),
-    ("manifest",),
-    ("targets",),
-    ("comparison",),
+    ("originals",),
+    ("manifest", "contents", "tensors"),
+    ("targets", "audit"),
+    ("comparison", "unbake"),
     ("validate", "evaluate"),
     ("behaviour",),
     ("baked",),
@@ -41,7 +42,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 #: Run by path in a fresh process that must not know steer_bake.
-STANDALONE = ("reload_worker",)
+STANDALONE = ("reload_worker", "streaming")
 #: Data folders without code.
 DATA = ("prompt_sets",)
 

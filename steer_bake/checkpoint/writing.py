@@ -77,13 +77,13 @@ def write_edited(
     return records
 
 
-def check_no_weights(base: Checkpoint, edits: Sequence[Edit]) -> None:
-    """Refuse ``edits`` that need more of ``base`` than its headers: all but tensors that are new and made from nothing.
+def check_no_weights(base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str]) -> None:
+    """Refuse what needs more of ``base`` than its headers: all but tensors that are new and made from nothing.
 
     Raises:
         CheckpointError: the message names the tensor and the file that would have to be downloaded.
     """
-    _check_untouched(base, _layout(base, edits, {}, None))
+    _check_untouched(base, _layout(base, edits, dict(rename), None))
 
 
 def _check_untouched(base: Checkpoint, shards: Sequence[_Shard]) -> None:
