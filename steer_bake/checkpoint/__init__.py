@@ -8,7 +8,8 @@ Untouched shards are linked, touched ones streamed, new tensors go into one extr
 
     header      the file format, read without trust
     folder      Checkpoint: a validated folder
-    edit        Edit, and its arithmetic in bounded pieces
+    edit        Edit: what becomes of a tensor
+    pieces      its arithmetic, in bounded pieces
     publishing  complete at its path or not at all
     pipeline    the pieces on two cores
     carry       linked shards and the small files that go along
@@ -18,19 +19,20 @@ Untouched shards are linked, touched ones streamed, new tensors go into one extr
 from __future__ import annotations
 
 from .carry import FileRecord
-from .edit import Edit, plain_rounding, recompute
+from .edit import Appended, Edit
 from .folder import Checkpoint
 from .header import TensorInfo
+from .pieces import recompute
 from .publishing import check_room, publish
 from .writing import write_edited
 
 __all__ = [
+    "Appended",
     "Checkpoint",
     "Edit",
     "FileRecord",
     "TensorInfo",
     "check_room",
-    "plain_rounding",
     "publish",
     "recompute",
     "write_edited",
