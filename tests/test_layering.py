@@ -20,6 +20,7 @@ LAYERS = (
         "prompts",
         "rounding",
         "stages",
+        "workspace",
     ),
     ("architectures", "interventions", "estimators", "judges"),
     ("representations",),
