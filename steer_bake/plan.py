@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import architectures, registry
@@ -85,6 +85,7 @@ class Plan:
                     "from": edit.source,
                     "change": _change(edit),
                     "sha256": _hash(edit.affine),
+                    **_content(edit),
                 }
                 for edit in self.edits
             ],
@@ -281,6 +282,19 @@ def _change(edit: Edit) -> str:
     parts = [f"linear part of rank {edit.affine.left.shape[1]}"] if edit.affine.is_linear else []
     parts += [f"|shift| {float(edit.affine.shift.norm()):.4g}"] if edit.affine.has_shift else []
     return " + ".join(parts) or f"copy of {edit.source}"
+
+
+def _content(edit: Edit) -> dict[str, Any]:
+    """What else an edit says of the tensor's content, where it does."""
+    found: dict[str, Any] = {}
+    if edit.only is not None:
+        found["only"] = list(edit.only)
+    if edit.diagonals:
+        found["diagonals"] = [asdict(one) for one in edit.diagonals]
+    if edit.appended is not None:
+        values = edit.appended.values.contiguous().float().numpy().tobytes()
+        found["appended"] = {"axis": edit.appended.axis, "sha256": hashlib.sha256(values).hexdigest()}
+    return found
 
 
 def _hash(affine: Affine) -> str:

@@ -21,7 +21,8 @@ from .checkpoint import Checkpoint, check_room, publish
 from .checkpoint.carry import place
 from .checkpoint.folder import CONFIG, INDEX, as_bytes
 from .checkpoint.header import Header, TensorInfo, parse_header
-from .checkpoint.pipeline import Copy, copy_range
+from .checkpoint.pieces import Copy
+from .checkpoint.pipeline import copy_range
 from .checks import require
 from .contents import check_files, check_others, places, sha256
 from .errors import CheckpointError, ValidationFailed

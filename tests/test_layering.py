@@ -21,6 +21,7 @@ LAYERS = (
         "rounding",
         "skeleton",
         "stages",
+        "workspace",
     ),
     ("architectures", "interventions", "estimators", "judges"),
     ("depth", "representations"),
