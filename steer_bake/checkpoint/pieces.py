@@ -109,11 +109,11 @@ class Slab:
         """What a tensor without a source holds, written over the zeros ``values``; rounded to nearest."""
         if self.edit.affine.has_shift:
             shift = _nearest(self.edit.affine.shift, values.dtype)
-            start, stop = self.edit.only or (0, self.first + values.shape[1 - self.axis])
-            start, stop = (max(0, end - self.first) for end in (start, stop))
-            values.narrow(1 - self.axis, start, max(0, min(stop, values.shape[1 - self.axis]) - start)).copy_(
-                shift[:, None] if self.axis == 0 else shift
-            )
+            here = values.shape[1 - self.axis]
+            wanted = self.edit.only or (0, self.first + here)
+            start, stop = (min(max(0, end - self.first), here) for end in wanted)
+            part = values.narrow(1 - self.axis, start, stop - start)
+            part.copy_(shift[:, None] if self.axis == 0 else shift)
         for one in self.edit.diagonals:
             skipped = max(0, self.first - one.row)
             row, column = one.row + skipped - self.first, one.column + skipped
