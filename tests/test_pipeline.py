@@ -383,7 +383,7 @@ def test_a_baked_model_is_baked_again_only_where_that_is_asked_for(llama: Path, 
 
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import sys, steer_bake.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 0
 
 
 def test_every_public_name_is_there_and_hides_no_module() -> None:

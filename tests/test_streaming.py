@@ -66,6 +66,7 @@ def test_streaming_measures_what_the_ordinary_validation_measures(
     assert_same(ordinary.as_json(), streamed.as_json())
 
 
+@pytest.mark.tampered
 @pytest.mark.parametrize("break_it", [bias_removed, matrix_left_unedited], ids=lambda one: one.__name__)
 def test_streaming_finds_what_the_ordinary_validation_finds(
     llama: Path, tied_llama: Path, tmp_path: Path, break_it: Any
@@ -78,6 +79,7 @@ def test_streaming_finds_what_the_ordinary_validation_finds(
     assert_same(ordinary.as_json(), streamed.as_json())
 
 
+@pytest.mark.tampered
 def test_a_shape_that_does_not_fit_is_a_failed_load_and_no_crash(llama: Path, tmp_path: Path) -> None:
     folder = baked(llama, tmp_path / "out", CONSTANT)
     config = json.loads((folder / "config.json").read_text())
