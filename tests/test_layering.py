@@ -11,7 +11,7 @@ import pytest
 
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
-    ("errors", "registry", "reload_worker"),
+    ("errors", "registry", "reload_worker", "runtimes"),
     ("affine", "sites"),
     (
         "direction",
@@ -26,7 +26,7 @@ LAYERS = (
     ("depth", "representations"),
     ("draft",),
     ("activations", "steering", "plan", "recipe"),
-    ("manifest",),
+    ("explain", "manifest"),
     ("targets",),
     ("comparison",),
     ("validate", "evaluate"),
