@@ -167,7 +167,8 @@ def _opened(model: str) -> tuple[str, Checkpoint, str]:
         ref, base = open_base(model, weights=False)
         return ref.name, base, "headers"
     except CheckpointError:
-        config = read_config(model)
+        damaged = any(Path(model).expanduser().glob("*.safetensors"))
+        config = None if damaged else read_config(model)
         if config is None:
             raise
     return model, _from_config(model, config), "config"
@@ -271,7 +272,7 @@ def _option(
     edits, config_changes, _, _, order = draft.numbered()
     new = sum(math.prod(edit.shape) for edit in edits if edit.source is None)
     new += sum(math.prod(edit.shape) for edit in edits if edit.source is not None and not base.has(edit.tensor))
-    model_type = base.layout.model_type
+    host = base.layout.parsed.model_type  # a decoder inside a wrapper is another class to a loader
     return Option(
         shown,
         preferred_by,
@@ -282,7 +283,7 @@ def _option(
         max(holding.demands for holding in holdings),
         config_changes,
         needs,
-        {one.name: one.loads(model_type, needs) for one in runtimes()},
+        {one.name: one.loads(host, needs) for one in runtimes()},
         "; ".join(dict.fromkeys(holding.note for holding in holdings if holding.note)),
     )
 

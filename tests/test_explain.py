@@ -117,6 +117,13 @@ def test_what_is_no_model_is_refused() -> None:
         explain("gpt2", ["resid_post.12"])
 
 
+def test_a_damaged_checkpoint_is_not_explained_by_its_config(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no header")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        explain(str(tmp_path))
+
+
 def test_the_json_has_a_stable_shape() -> None:
     done = CliRunner().invoke(main, ["explain", "gpt2", "--site", "resid_pre.0", "--json"])
     assert done.exit_code == 0, done.output
