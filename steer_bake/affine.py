@@ -73,11 +73,12 @@ class Affine:
         Expanding ``(I + L2 R2^T)((I + L1 R1^T) h + s1) + s2`` gives left ``[L1, L2]``, right ``[R1, R2 + R1 L1^T R2]``
         and shift ``s1 + L2 R2^T s1 + s2``.
         """
-        right = other.right + self.right @ (self.left.T @ other.right)
+        right = other.right + _product(self.right.T, _product(self.left, other.right))
+        moved = _product(other.left.T, _product(other.right, self.shift[:, None]))[:, 0]
         return Affine(
             torch.cat([self.left, other.left], dim=1),
             torch.cat([self.right, right], dim=1),
-            self.shift + other.linear(self.shift) + other.shift,
+            self.shift + moved + other.shift,
         )
 
     def without_shift(self) -> Affine:
@@ -112,3 +113,12 @@ def compose(affines: Iterable[Affine], width: int) -> Affine:
     for affine in affines:
         out = out.then(affine)
     return out
+
+
+def _product(one: Tensor, other: Tensor) -> Tensor:
+    """``one^T other``, summed in an order that depends on nothing but the length: a plan is the same at any threads."""
+    terms = one[:, :, None] * other[:, None, :]
+    while len(terms) > 1:
+        half = len(terms) // 2
+        terms = torch.cat([terms[:half] + terms[half : 2 * half], terms[2 * half :]])
+    return terms[0] if len(terms) else one.new_zeros(one.shape[1], other.shape[1])

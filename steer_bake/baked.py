@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import manifest
+from .audit import Audit, audit
 from .behaviour import context_length, holds_harmful
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, RecipeError, did_you_mean
@@ -15,7 +16,8 @@ from .manifest import Manifest
 from .models import load_model, load_tokenizer, resolve
 from .prompts import Prompt, check_length, encode
 from .recipe import Prompts
-from .stages import Advance, Progress, silent
+from .stages import Advance, Progress, no_empty_folder, silent
+from .unbake import Undone, unbake
 from .validate import Report, validate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -29,14 +31,43 @@ def find_base(found: Manifest, name: str | None, *, progress: Progress = silent)
     """
     base = found.base
     recorded = f"{base['hub_id']}@{base['revision']}" if base["hub_id"] else base["folder"] or base["name"]
+    return _open_base(name or recorded, progress)
+
+
+def _open_base(name: str, progress: Progress) -> Checkpoint:
     with progress("fetching the base") as advance:
         try:
-            folder = resolve(name or recorded, progress=advance).folder
+            folder = resolve(name, progress=advance).folder
         except CheckpointError as error:
             raise CheckpointError(
                 f"the base of the baked folder is not to be had: {error}; name it with --base"
             ) from error
     return Checkpoint.open(folder)
+
+
+def audit_against(folder: Path, base: str | None, *, hash_files: bool = False, progress: Progress = silent) -> Audit:
+    """:func:`audit.audit` against the base that is named, or that the folder names itself.
+
+    Raises:
+        CheckpointError: the base is not to be had, or ``folder`` was not baked.
+    """
+    # Where the base is given, a damaged manifest is a failed check, not the end.
+    reference = _open_base(base, progress) if base else find_base(manifest.read(folder), None, progress=progress)
+    with progress("auditing") as advance:
+        return audit(folder, reference, hash_files=hash_files, progress=advance)
+
+
+def undo(folder: Path, out: Path, base: str | None, *, hash_files: bool = False, progress: Progress = silent) -> Undone:
+    """:func:`unbake.unbake`, with the base that is named; where it is needed and not named, the one the folder names.
+
+    Raises:
+        CheckpointError: the base is needed and not to be had, or ``out`` cannot be written.
+        ValidationFailed: the folder is not what a bake wrote.
+    """
+    found = manifest.read(folder)
+    reference = find_base(found, base, progress=progress) if base or found.originals.needs_base else None
+    with no_empty_folder(out), progress("undoing") as advance:
+        return unbake(folder, out, reference, hash_files=hash_files, progress=advance)
 
 
 def proof_rows(source: Prompts, home: Path, base: Checkpoint, decode_tokens: int) -> list[tuple[int, ...]]:
@@ -58,13 +89,16 @@ def certify(
     *,
     decode_tokens: int,
     device: str,
+    stream: bool = False,
+    prefer: str = "smallest",
     advance: Advance,
 ) -> Report:
     """:func:`validate.validate` with the base's own pad token."""
     tokenizer = load_tokenizer(base.folder)
     return validate(
         folder.absolute(), base.folder.absolute(), list(interventions), rows,
-        pad_id=int(tokenizer.pad_token_id), device=device, decode_tokens=decode_tokens, progress=advance,
+        pad_id=int(tokenizer.pad_token_id), device=device, decode_tokens=decode_tokens, stream=stream, prefer=prefer,
+        progress=advance,
     )  # fmt: skip
 
 

@@ -151,6 +151,12 @@ def extract(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_
     display.note(f"written to {out}")
 
 
+_prefer = click.option(
+    "--prefer", default="smallest", show_default=True,
+    type=click.Choice(["smallest", "bit_exact", "widest_loading", "keep_class"]),
+    help="What to prefer where several ways to hold a vector are exact.",
+)  # fmt: skip
+
 _VECTOR_OPTIONS = ("vector", "sites", "from_site", "name", "coefficient", "units")
 
 
@@ -179,11 +185,12 @@ def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
 @main.command(short_help="Show what a bake would change.")
 @click.argument("model")
 @_vector_options
+@_prefer
 @click.option("--run-folder", type=click.Path(path_type=Path), help="Of a recipe; default: runs/<recipe's name>.")
 @_json
 def plan(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, run_folder: Path | None, as_json: bool,
+    units: str, prefer: str, run_folder: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a bake would change, from config and tensor headers alone: of a hub model nothing else is downloaded.
 
@@ -198,14 +205,14 @@ def plan(
         from .plan import make_plan
 
         _, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units)
-        display.plan(make_plan(base, interventions), as_json)
+        display.plan(make_plan(base, interventions, prefer), as_json)
         return
     from .job import Job
     from .models import pick_device
     from .stages import Stages
 
     given = click.get_current_context().get_parameter_source
-    if any(given(option) is click.core.ParameterSource.COMMANDLINE for option in _VECTOR_OPTIONS):
+    if any(given(option) is click.core.ParameterSource.COMMANDLINE for option in (*_VECTOR_OPTIONS, "prefer")):
         raise click.UsageError(f"{model} says itself what is done where: leave out the options about the vector")
     folder = run_folder or Path("runs") / Path(model).stem
     job = Job(Path(model), folder, device=pick_device("auto"), progress=progress)
@@ -243,6 +250,7 @@ def explain(model: str, sites: tuple[str, ...], as_json: bool) -> None:
 @main.command(short_help="Fold one intervention into a copy of a model.")
 @click.argument("model")
 @_vector_options
+@_prefer
 @click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new checkpoint folder.")
 @click.option("--stack", is_flag=True, help="Allow a MODEL that was baked before, and steer it once more.")
 @click.option(
@@ -254,7 +262,7 @@ def explain(model: str, sites: tuple[str, ...], as_json: bool) -> None:
 @_json
 def bake(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, out: Path, stack: bool, no_download: bool, dry_run: bool, as_json: bool,
+    units: str, prefer: str, out: Path, stack: bool, no_download: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fold one intervention into a copy of MODEL (hub id with optional @revision, folder or packaged name).
 
@@ -269,17 +277,17 @@ def bake(
     from .plan import make_plan
 
     ref, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units, away=no_download)
-    found = make_plan(base, interventions)  # refused, if at all, before gigabytes are downloaded
+    found = make_plan(base, interventions, prefer)  # refused, if at all, before gigabytes are downloaded
     if dry_run:
         if no_download:
-            check_no_weights(base, found.edits)
+            check_no_weights(base, found.edits, found.rename)
         display.plan(found, as_json)
         display.note(f"this is what {out} would hold; nothing was written")
         return
     if base.remote is not None and not no_download:
         with progress("fetching the model") as advance:
             ref, base = open_base(model, progress=advance)
-    pipeline.bake_opened(ref, base, interventions, out, stack=stack, progress=progress)
+    pipeline.bake_opened(ref, base, interventions, out, prefer=prefer, stack=stack, progress=progress)
     if as_json:
         display.as_json(_read_json(out / "steering.json"))
     elif no_download:
@@ -297,6 +305,11 @@ def bake(
 @click.option(
     "--decode-tokens", type=click.IntRange(min=1), default=24, show_default=True, help="Greedy tokens to compare."
 )
+@click.option(
+    "--stream", is_flag=True,
+    help="For a model larger than memory: weights stay on disk, one tensor at a time is read. Same figures; every "
+    "batch and every decoded token reads the whole model anew, so it is slow.",
+)  # fmt: skip
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the report here as JSON too.")
 @_device
 @_json
@@ -306,6 +319,7 @@ def validate(
     prompts: str,
     limit: int,
     decode_tokens: int,
+    stream: bool,
     out: Path | None,
     device: str,
     as_json: bool,
@@ -328,8 +342,9 @@ def validate(
     rows = proof_rows(Prompts(path=prompts, limit=limit), Path(), reference, decode_tokens)
     with progress("validating") as advance:
         report = certify(
-            folder, reference, found.interventions, rows, decode_tokens=decode_tokens, device=device, advance=advance
-        )
+            folder, reference, found.interventions, rows,
+            decode_tokens=decode_tokens, device=device, stream=stream, prefer=found.prefer, advance=advance,
+        )  # fmt: skip
     if out:
         write_text(out, json.dumps(report.as_json(), indent=2) + "\n")
     if as_json:
@@ -337,6 +352,78 @@ def validate(
     else:
         display.report(report.as_json())
     report.require()
+
+
+_hash = click.option("--hash", "hash_files", is_flag=True, help="Also read every file, and compare recorded hashes.")
+
+
+@main.command(short_help="Prove that a baked folder is base plus plan, byte for byte.")
+@_folder
+@_base
+@_hash
+@_json
+def audit(folder: Path, base: str | None, hash_files: bool, as_json: bool) -> None:
+    """Prove from bytes that a baked FOLDER is its base plus its plan and nothing else. No model is loaded.
+
+    Fails with a non-zero exit, naming what is wrong. Whether the model does what it should is what 'validate' tells.
+
+    \b
+    Examples:
+      steer-bake audit steered
+      steer-bake audit steered --base org/name@revision --hash
+    """
+    from .baked import audit_against
+
+    found = audit_against(folder, base, hash_files=hash_files, progress=progress)
+    if as_json:
+        display.as_json(found.as_json())
+    else:
+        display.report(found.as_json(), "audit")
+    found.require()
+
+
+@main.command(short_help="Give back the base of a baked folder, bit for bit.")
+@_folder
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="Where the base goes: a new folder.")
+@_base
+@_hash
+@_dry_run
+@_json
+def unbake(folder: Path, out: Path, base: str | None, hash_files: bool, dry_run: bool, as_json: bool) -> None:
+    """Give back the base of a baked FOLDER, bit for bit, after proving that the folder is that base plus its plan.
+
+    New biases and config flags come off with what the folder keeps; edited matrices are the base's own, which is then
+    needed and linked. A model that was steered twice (bake --stack) is undone by one layer.
+
+    \b
+    Examples:
+      steer-bake unbake steered -o original
+      steer-bake unbake ablated -o original --base org/name@revision
+    """
+    from .baked import find_base, undo
+    from .manifest import read
+    from .unbake import steps
+
+    if dry_run:
+        told = read(folder)
+        with_base = base is not None or told.originals.needs_base
+        if with_base:
+            find_base(told, base, progress=progress)
+        planned = steps(folder, with_base=with_base)
+        if as_json:
+            display.as_json([{"name": step.name, "how": step.how} for step in planned])
+        else:
+            display.steps(planned)
+        display.note(f"this is what {out} would hold; nothing was written")
+        return
+    done = undo(folder, out, base, hash_files=hash_files, progress=progress)
+    if as_json:
+        display.as_json(done.as_json())
+    else:
+        display.steps(done.steps)
+        for name, why in done.unproven.items():
+            display.note(f"{name} was taken as it is: {why}")
+        display.note(f"{out} is ready: {folder} is that plus its plan")
 
 
 @main.command(short_help="Write the model card of a baked folder.")

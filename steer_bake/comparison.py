@@ -7,7 +7,7 @@ batch by batch with what the candidate left on disk, so that memory holds one ba
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from .activations import collect
 from .affine import Affine, compose
 from .architectures import Layout
 from .checkpoint import Checkpoint, recompute
+from .checks import Check
 from .errors import CheckpointError
 from .interventions import Intervention
 from .plan import Plan, describe
@@ -34,20 +35,10 @@ CONSTANTS_TOLERANCE = 2e-5  # max logit gap in units of std(logits), float32: ro
 RANK_ONE_TOLERANCE = 5e-5  # the edited product rounds in another order than hook after product
 NOISE_MARGIN = 1.2
 STREAM_TOLERANCE = 1e-5
+ROWS_AT_ONCE = 64  # a difference of logits takes several times their memory
 LEAST_EFFECT = 1e-3  # max logit gap base to hooked, in units of std(logits); less is a bake that does nothing
 
 _TORCH_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line of the certificate."""
-
-    name: str
-    passed: bool
-    value: float | None  # what was measured, where it is one number
-    limit: float | None
-    detail: str
 
 
 @dataclass(frozen=True)
@@ -79,6 +70,10 @@ class Distance:
 
     def update(self, reference: Tensor, other: Tensor) -> None:
         """Add a batch, both [tokens, vocab] float32."""
+        for some, others in zip(torch.split(reference, ROWS_AT_ONCE), torch.split(other, ROWS_AT_ONCE), strict=True):
+            self._update(some, others)
+
+    def _update(self, reference: Tensor, other: Tensor) -> None:
         off = float((reference - other).abs().max())
         # NaN is kept, whichever batch it came from, and then fails every limit.
         self.greatest = max(self.greatest, off) if math.isfinite(self.greatest + off) else math.nan
@@ -117,6 +112,7 @@ class Comparison:
     along: Tensor
     scratch: Path
     loaded: frozenset[str]  # the candidates that were loaded and measured
+    advance: Callable[[], object] = lambda: None  # called for every pass over the model
     effect: Distance = field(default_factory=Distance)  # base to hooks
     exact: Distance = field(default_factory=Distance)  # hooks to the candidate, float32
     storage: Distance = field(default_factory=Distance)  # float32 hooks to the published file in its own dtype
@@ -166,10 +162,15 @@ class Comparison:
 
     @contextmanager
     def _model(self, dtype: str) -> Iterator[PreTrainedModel]:
-        model, problems = reload_worker.load_strict(str(self.base.folder), dtype)
+        folder, stream = str(self.base.folder), self.job["stream"]
+        try:
+            model, problems = reload_worker.load_strict(folder, dtype, self.job["device"], stream=stream)
+        except ValueError as error:
+            raise CheckpointError(f"the base {folder} cannot be loaded: {error}") from error
         if problems:
-            raise CheckpointError(f"the base {self.base.folder} does not load cleanly: {'; '.join(problems[:4])}")
-        yield model.to(self.job["device"])
+            raise CheckpointError(f"the base {folder} does not load cleanly: {'; '.join(problems[:4])}")
+        reload_worker.count_passes(model, self.advance)
+        yield model
 
     def _measure_norms(self, model: PreTrainedModel) -> None:
         sites = {one.site for one in self.plan.interventions if one.site.layer is not None and one.affine.has_shift}
@@ -255,14 +256,17 @@ def stream_probes(plan: Plan, layout: Layout) -> tuple[Tensor, list[dict[str, An
         total = sum(passed, at_writes.shift)
         return [float(value) for value in along.double().T @ total.double()]
 
-    probes = []
-    middle = layout.architecture.middle
-    for layer in range(layout.layers):
-        module = layout.layer(layer)
-        probes.append({"module": module, "side": "input", "expected": expected("resid_pre", layer)})
+    probes: list[dict[str, Any]] = []
+    middle, moved = layout.architecture.middle, plan.moved or [(layer, layer) for layer in range(layout.layers)]
+    deepest = plan.layers_after(layout.layers) - 1
+
+    def probe(old: int, new: int, inside: str, side: str, point: str) -> None:
+        names = [layout.layer(number) + inside for number in (old, new)]
+        probes.append({"module": names[0], "baked": names[1], "side": side, "expected": expected(point, old)})
+
+    for layer, (first, second) in enumerate(moved):
+        probe(layer, first, "", "input", "resid_pre")
         if middle:
-            inside = f"{module}.{middle}"
-            probes.append({"module": inside, "side": "input", "expected": expected("resid_mid", layer)})
-    last = layout.layers - 1
-    probes.append({"module": layout.layer(last), "side": "output", "expected": expected("resid_post", last)})
+            probe(layer, second, f".{middle}", "input", "resid_mid")
+    probe(layout.layers - 1, deepest, "", "output", "resid_post")
     return along, probes

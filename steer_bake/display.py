@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .direction import Direction
     from .explain import Explanation
     from .plan import Plan
+    from .unbake import Step
 
 WIDTH = 100  # where stdout is a file or a pipe
 
@@ -147,13 +148,18 @@ def directions(found: Sequence[Direction]) -> None:
     _print(_table(["site", "scale", "stream norm", "sha256"], rows))
 
 
-def report(content: Mapping[str, Any]) -> None:
-    """The certificate, one line per check."""
+def report(content: Mapping[str, Any], what: str = "certificate") -> None:
+    """The certificate or another report, one line per check."""
     rows = [
         (check["name"], _verdict(check["passed"]), _number(check["value"]), _number(check["limit"]), check["detail"])
         for check in content["checks"]
     ]
-    _print(_table(["check", "", "measured", "limit", "detail"], rows, f"certificate of {content['folder']}"))
+    _print(_table(["check", "", "measured", "limit", "detail"], rows, f"{what} of {content['folder']}"))
+
+
+def steps(found: Sequence[Step]) -> None:
+    """Where each file of a base comes from."""
+    _print(_table(["file", "how"], [(step.name, step.how) for step in found]))
 
 
 def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any], ran: Mapping[str, bool]) -> None:

@@ -75,8 +75,11 @@ class Draft:
 
     def numbered(
         self,
-    ) -> tuple[tuple[Edit, ...], dict[str, Any], tuple[Constant, ...], dict[str, str], tuple[int, ...]]:
-        """Edits, config changes and constants under the final numbers of the layers, the new names, and the order."""
+    ) -> tuple[tuple[Edit, ...], dict[str, Any], tuple[Constant, ...], dict[str, str], tuple[tuple[int, int], ...]]:
+        """Edits, config changes and constants under the final numbers of the layers, the new names, and those numbers.
+
+        The last: for every old layer the new numbers of its first and its last half, where layers were inserted.
+        """
         base = self.base
         if not self.extras:
             return tuple(self.edits.values()), self.config_changes, tuple(self.constants), {}, ()
@@ -104,7 +107,9 @@ class Draft:
         edits = tuple(replace(edit, tensor=final(edit.tensor)) for edit in self.edits.values())
         constants = tuple(replace(one, tensor=final(one.tensor)) for one in self.constants)
         merge(self.config_changes, deepened(base.layout, order))
-        return edits, self.config_changes, constants, rename, tuple(order)
+        halves = {extra.like: numbers[mark] for extra, mark in self.extras if extra.moved}
+        moved = tuple((numbers[str(old)], halves.get(old, numbers[str(old)])) for old in range(base.layers))
+        return edits, self.config_changes, constants, rename, moved
 
 
 #: What config changes create, by base: plans ask it of the same few changes for every piece.

@@ -269,16 +269,15 @@ def _option(
         draft.add(holding)
     draft.complete()
     needs = tuple(sorted(set(_needs(draft, base))))
-    edits, config_changes, _, _, order = draft.numbered()
-    new = sum(math.prod(edit.shape) for edit in edits if edit.source is None)
-    new += sum(math.prod(edit.shape) for edit in edits if edit.source is not None and not base.has(edit.tensor))
+    new = sum(math.prod(edit.shape) for name, edit in draft.edits.items() if not base.has(name))
+    _, config_changes, *_ = draft.numbered()
     host = base.layout.parsed.model_type  # a decoder inside a wrapper is another class to a loader
     return Option(
         shown,
         preferred_by,
         new,
         new / total,
-        len(order) - base.layers if order else 0,
+        len(draft.extras),
         all(holding.bit_exact for holding in holdings),
         max(holding.demands for holding in holdings),
         config_changes,

@@ -236,9 +236,10 @@ class Job:
     def plan(self) -> Plan:
         """What the bake will change, from the recipe's direction file or from what :meth:`extract` wrote."""
         if self.recipe.direction:
-            return make_plan(self.base, self.interventions(direction.load(self.home / self.recipe.direction.load)))
+            directions = direction.load(self.home / self.recipe.direction.load)
+            return self._plan(directions)
         directions = direction.load(self.directions_file) if self.recipe.estimator else []
-        return make_plan(self.base, self.interventions(directions))
+        return self._plan(directions)
 
     def plan_sketch(self) -> Plan:
         """:meth:`plan` before extraction: the right tensors, decisions and refusals; made-up vectors where needed."""
@@ -247,7 +248,10 @@ class Job:
         vector = torch.zeros(self.layout.width)
         vector[0] = 1.0
         stand_ins = [Direction(vector, site, stream_norm=1.0) for site in self.read_sites()]
-        return make_plan(self.base, self.interventions(stand_ins))
+        return self._plan(stand_ins)
+
+    def _plan(self, directions: Sequence[Direction]) -> Plan:
+        return make_plan(self.base, self.interventions(directions), self.recipe.target.prefer)
 
     def bake(self, plan: Plan) -> None:
         """Write ``model/`` and ``plan.json``."""
@@ -269,7 +273,8 @@ class Job:
         with self.progress("validating") as advance:
             report = baked.certify(
                 self.model, self.base, plan.interventions, self._proof_rows,
-                decode_tokens=self.recipe.validation.decode_tokens, device=self.device, advance=advance,
+                decode_tokens=self.recipe.validation.decode_tokens, device=self.device,
+                stream=self.recipe.validation.stream, prefer=plan.prefer, advance=advance,
             )  # fmt: skip
         write_text(self.report_file, json.dumps(report.as_json(), indent=2) + "\n")
         try:

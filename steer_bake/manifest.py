@@ -6,7 +6,10 @@ back the interventions, so that a folder can be validated, audited and undone wi
 
 from __future__ import annotations
 
+import hashlib
 import json
+import platform
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +27,12 @@ from .direction import Direction
 from .errors import CheckpointError
 from .interventions import Intervention
 from .models import ModelRef
+from .originals import JSON_FILE as JSON_FILE
+from .originals import VECTORS_FILE as VECTORS_FILE
+from .originals import Originals
 from .plan import Plan, describe
 from .sites import Site
 from .stages import write_text
-
-JSON_FILE = "steering.json"
-VECTORS_FILE = "steering.safetensors"
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,30 @@ class Manifest:
 
     content: Mapping[str, Any]  # steering.json as it is
     interventions: tuple[Intervention, ...]
+    files: tuple[FileRecord, ...]  # what the bake wrote
+    originals: Originals  # what it kept of the base
+
+    @property
+    def prefer(self) -> str:
+        """The planner's preference; an older manifest names none."""
+        return str(self.content["plan"].get("prefer", "smallest"))
 
     @property
     def base(self) -> Mapping[str, Any]:
         """``name``, ``folder``, ``hub_id``, ``revision`` and ``packaged`` of the model that was baked."""
         found: Mapping[str, Any] = self.content["base"]
         return found
+
+    @property
+    def computed_elsewhere(self) -> str | None:
+        """What the edits were computed with, where that is not what this machine has: ``"aarch64, torch 2.9.1"``."""
+        recorded = self.content["computed_on"]
+        return None if recorded == computed_on() else f"{recorded['machine']}, torch {recorded['torch']}"
+
+
+def computed_on() -> dict[str, str]:
+    """What can make a difference in the last bit of an edit."""
+    return {"machine": platform.machine(), "torch": torch.__version__.partition("+")[0]}
 
 
 def files(folder: Path) -> tuple[Path, Path]:
@@ -60,6 +81,7 @@ def write(
     plan: Plan,
     ref: ModelRef,
     records: Sequence[FileRecord],
+    originals: Originals,
     *,
     recipe: str | None,
     stacked_on: Any = None,
@@ -73,7 +95,8 @@ def write(
             parts["direction"] = intervention.direction.vector
         # clones: one vector may serve as two of these, and the format stores no tensor twice
         tensors.update({f"{index}.{name}": part.contiguous().clone() for name, part in parts.items() if part.numel()})
-    (folder / VECTORS_FILE).write_bytes(to_bytes(tensors, metadata={"format": "pt"}))
+    vectors = to_bytes(tensors | originals.tensors(), metadata={"format": "pt"})
+    (folder / VECTORS_FILE).write_bytes(vectors)
     content = {
         "tool": {"name": "steer-bake", "version": __version__},
         # Where the base lies is of use on this machine only, and only where no name leads to it.
@@ -81,8 +104,11 @@ def write(
         "recipe": recipe,
         "plan": plan.as_json(),
         "plan_sha256": plan.sha256,
+        "vectors_sha256": hashlib.sha256(vectors).hexdigest(),
+        "computed_on": computed_on(),
         "files": [asdict(record) for record in records],
         "complete": all(record.how != "remote" for record in records),
+        "base_files": originals.listing(),
         "stacked_on": stacked_on,
     }
     (folder / JSON_FILE).write_text(json.dumps(content, indent=2) + "\n")
@@ -110,20 +136,27 @@ def read(folder: Path, *, incomplete: bool = False) -> Manifest:
         tensors = load_file(folder / VECTORS_FILE)
         described = content["plan"]["interventions"]
         found = tuple(_intervention(index, one, tensors) for index, one in enumerate(described))
+        for intervention, one in zip(found, described, strict=True):
+            if describe(intervention)["sha256"] != one["sha256"]:
+                raise CheckpointError(
+                    f"{JSON_FILE} and {VECTORS_FILE} in {folder} do not belong together (the vector of {one['name']} "
+                    f"at {one['site']} has another hash); bake it again"
+                )
         for known in ("name", "folder", "hub_id", "revision", "packaged", "original"):
             content["base"][known]
-        content["plan_sha256"], content["recipe"], content["tool"]["version"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError) as error:
+        for known in ("machine", "torch"):
+            content["computed_on"][known]
+        content["plan_sha256"], content["recipe"], content["tool"]["version"], content["vectors_sha256"]
+        content["stacked_on"]
+        records = tuple(FileRecord(**one) for one in content["files"])
+        if not all(isinstance(one.name, str) and isinstance(one.size, int) for one in records):
+            raise TypeError("a file without name or size")
+        originals = Originals.read(content["base_files"], tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError, zlib.error) as error:
         raise CheckpointError(
             f"{JSON_FILE} or {VECTORS_FILE} in {folder} is damaged ({type(error).__name__}: {error}); bake it again"
         ) from error
-    for intervention, one in zip(found, described, strict=True):
-        if describe(intervention)["sha256"] != one["sha256"]:
-            raise CheckpointError(
-                f"{JSON_FILE} and {VECTORS_FILE} in {folder} do not belong together (the vector of {one['name']} at "
-                f"{one['site']} has another hash); bake it again"
-            )
-    return Manifest(content, found)
+    return Manifest(content, found, records, originals)
 
 
 def _intervention(index: int, described: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Intervention:

@@ -68,6 +68,7 @@ def bake(
     out: str | Path,
     *,
     target: str = "checkpoint",
+    prefer: str = "smallest",
     stack: bool = False,
     download: bool = True,
     progress: Progress = silent,
@@ -86,7 +87,7 @@ def bake(
     with progress("fetching the model") as advance:
         open_model = open_base if download else open_remote
         ref, base = open_model(str(model), progress=advance)
-    return bake_opened(ref, base, interventions, out, target=target, stack=stack, progress=progress)
+    return bake_opened(ref, base, interventions, out, target=target, prefer=prefer, stack=stack, progress=progress)
 
 
 def bake_opened(
@@ -96,14 +97,15 @@ def bake_opened(
     out: str | Path,
     *,
     target: str = "checkpoint",
+    prefer: str = "smallest",
     stack: bool = False,
     progress: Progress = silent,
 ) -> Path:
     """:func:`bake` of a model that :func:`open_base` or :func:`open_remote` has opened."""
     write = registry.load("targets", target)
-    plan = make_plan(base, interventions)
+    plan = make_plan(base, interventions, prefer)
     if base.remote is not None:
-        check_no_weights(base, plan.edits)
+        check_no_weights(base, plan.edits, plan.rename)
     out = Path(out)
     with no_empty_folder(out), progress("baking") as advance:
         write(plan, base, ref, out, stack=stack, progress=advance)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import architectures, registry
@@ -49,7 +49,7 @@ class Plan:
     prefer: str = "smallest"
     constants: tuple[Constant, ...] = ()  # the tensors whose rounding is a constant of the stream
     rename: Mapping[str, str] = field(default_factory=dict)  # tensors of the base that get a new number
-    order: tuple[int, ...] = ()  # where layers were inserted: for each new layer, the old one that it is or is like
+    moved: tuple[tuple[int, int], ...] = ()  # where layers were inserted: the new numbers of an old layer's halves
 
     @property
     def is_constant(self) -> bool:
@@ -76,7 +76,7 @@ class Plan:
             ],
             "prefer": self.prefer,
             "config_changes": dict(self.config_changes),
-            **({"layers": list(self.order), "renamed": len(self.rename)} if self.order else {}),
+            **({"layers": [list(halves) for halves in self.moved]} if self.moved else {}),
             "edits": [
                 {
                     "tensor": edit.tensor,
@@ -85,10 +85,16 @@ class Plan:
                     "from": edit.source,
                     "change": _change(edit),
                     "sha256": _hash(edit.affine),
+                    **_content(edit),
                 }
                 for edit in self.edits
             ],
         }
+
+    def layers_after(self, layers: int) -> int:
+        """How many decoder layers the output has, of a base with ``layers``."""
+        extra = sum(decision.layers for decision in self.decisions)
+        return layers + extra
 
     @property
     def sha256(self) -> str:
@@ -135,10 +141,10 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
     ordered = in_forward_order(interventions)
     draft, decisions = choose(offers(view, ordered), view, prefer)
     draft.complete()
-    edits, config_changes, constants, rename, order = draft.numbered()
+    edits, config_changes, constants, rename, moved = draft.numbered()
     return Plan(
         str(base.config["model_type"]), tuple(ordered), tuple(decisions), edits, config_changes, prefer, constants,
-        rename, order,
+        rename, moved,
     )  # fmt: skip
 
 
@@ -312,6 +318,19 @@ def _change(edit: Edit) -> str:
     parts = [f"linear part of rank {edit.affine.left.shape[1]}"] if edit.affine.is_linear else []
     parts += [f"|shift| {float(edit.affine.shift.norm()):.4g}"] if edit.affine.has_shift else []
     return " + ".join(parts) or f"copy of {edit.source}"
+
+
+def _content(edit: Edit) -> dict[str, Any]:
+    """What else an edit says of the tensor's content, where it does."""
+    found: dict[str, Any] = {}
+    if edit.only is not None:
+        found["only"] = list(edit.only)
+    if edit.diagonals:
+        found["diagonals"] = [asdict(one) for one in edit.diagonals]
+    if edit.appended is not None:
+        values = edit.appended.values.contiguous().float().numpy().tobytes()
+        found["appended"] = {"axis": edit.appended.axis, "sha256": hashlib.sha256(values).hexdigest()}
+    return found
 
 
 def _hash(affine: Affine) -> str:

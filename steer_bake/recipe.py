@@ -80,11 +80,14 @@ class Intervention(_Section):
 
 class Target(_Section):
     name: str = "checkpoint"
+    # where several representations are exact; keep_class also rules out a model class other than the base's
+    prefer: Literal["smallest", "bit_exact", "widest_loading", "keep_class"] = "smallest"
 
 
 class Validate(_Section):
     prompts: PromptSet = Prompts(path="plain", limit=24)
     decode_tokens: Annotated[int, Field(gt=0)] = 24
+    stream: bool = False  # for a model larger than memory: its weights stay on disk
 
 
 class Evaluate(_Section):

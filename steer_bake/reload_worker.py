@@ -7,9 +7,10 @@ read with the same instrument.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
@@ -24,17 +25,43 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 
-def load_strict(folder: str, dtype: str) -> tuple[PreTrainedModel, list[str]]:
-    """The model by plain transformers, and one sentence per key that did not fit exactly."""
+def load_strict(
+    folder: str, dtype: str, device: str = "cpu", *, stream: bool = False
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model by plain transformers, on ``device`` if it is whole, and one sentence per key that did not fit exactly.
+
+    ``stream``: its weights stay on disk until they are used (``streaming.py``).
+    """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), output_loading_info=True,
-        use_safetensors=True, local_files_only=True, trust_remote_code=False,
-    )  # fmt: skip
-    model, info = loaded
+    if stream:
+        model, info = _streaming().load_streamed(folder, getattr(torch, dtype), device)
+    else:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), output_loading_info=True,
+            use_safetensors=True, local_files_only=True, trust_remote_code=False,
+        )  # fmt: skip
+        model, info = loaded
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
-    return model.eval(), [f"{kind.replace('_', ' ')}: {key}" for kind in kinds for key in sorted(map(str, info[kind]))]
+    problems = [f"{kind.replace('_', ' ')}: {key}" for kind in kinds for key in sorted(map(str, info[kind]))]
+    return model.eval() if problems or stream else model.eval().to(device), problems
+
+
+def _streaming() -> Any:
+    """The module beside this file, by its path: a process that runs this file has no package to import it from."""
+    spec: Any = importlib.util.spec_from_file_location("streaming", Path(__file__).with_name("streaming.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def count_passes(model: PreTrainedModel, advance: Callable[[], object]) -> None:
+    """Call ``advance`` whenever a forward of ``model`` begins."""
+
+    def began(_model: Any, _args: Any) -> None:
+        advance()
+
+    model.register_forward_pre_hook(began)
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -108,7 +135,8 @@ def measure(model: PreTrainedModel, job: dict[str, Any], along: Tensor, out: Pat
     if whole:
         rest = {"greedy": greedy(model, job["decode"], job["pad_id"], job["decode_tokens"])}
         if job["probes"]:
-            rest["readings"] = readings(model, job["batches"][0], job["pad_id"], job["probes"], along)
+            probes = [{**probe, "module": probe["baked"]} for probe in job["probes"]]  # layers may have moved
+            rest["readings"] = readings(model, job["batches"][0], job["pad_id"], probes, along)
         save_file(rest, f"{out}.safetensors")
 
 
@@ -117,15 +145,18 @@ def main(job_file: str) -> None:
     torch.set_num_threads(job["threads"])
     along = load_file(job["along"])["along"]
     problems = {}
-    for candidate in job["candidates"]:
-        model, problems[candidate["name"]] = load_strict(candidate["folder"], candidate["dtype"])
-        if not problems[candidate["name"]]:
-            out = Path(job["out"]) / candidate["name"]
-            measure(model.to(job["device"]), job, along, out, whole=candidate["dtype"] == "float32")
-        del model
+    out = Path(job["out"])
+    with open(out / "passes", "wb", buffering=0) as passes:
+        for candidate in job["candidates"]:
+            name, dtype = candidate["name"], candidate["dtype"]
+            model, problems[name] = load_strict(candidate["folder"], dtype, job["device"], stream=job["stream"])
+            if not problems[name]:
+                count_passes(model, lambda: passes.write(b"."))  # a byte for each: the file's length is the count
+                measure(model, job, along, out / name, whole=dtype == "float32")
+            del model
     if "steer_bake" in sys.modules:
         raise SystemExit("steer_bake was imported; the process is not plain transformers")
-    (Path(job["out"]) / "problems.json").write_text(json.dumps(problems))
+    (out / "problems.json").write_text(json.dumps(problems))
 
 
 if __name__ == "__main__":

@@ -1,64 +1,236 @@
-"""Direction-aware rounding: store an edited weight so that what was removed stays removed.
+"""Edit a weight and store it so that what was removed stays removed.
 
 Rounding every element to the nearest bfloat16 leaves errors that add up along the ablated direction: much of a small
-edit is below half a unit in the last place and is simply rounded away. The error of one element is free to be either of
-two values, so the elements of a column can be rounded such that their errors cancel along the direction.
+edit is below half a unit in the last place and is simply rounded away. So the edit is steered while it is written: what
+the rows stored so far still hold along the direction, the rows to come remove as well. What is left at the end is
+cancelled by moving a few elements to their other neighbour.
 
-Every column (axis 0) or row (axis 1) is rounded on its own, by operations that IEEE 754 defines to the last bit and
-in a fixed order: the result depends neither on threads nor on how the matrix was cut along its other axis.
+Every column (axis 0) or row (axis 1) is edited on its own, by operations that IEEE 754 defines to the last bit and in a
+fixed order: the result depends neither on threads nor on how the matrix was cut along its other axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import starmap
 
 import torch
 from torch import Tensor
 
 from .affine import Affine
 from .errors import CheckpointError
+from .workspace import Workspace
 
-#: A tile has under 32768 elements: torch then works in the calling thread, with no barrier that waits for a busy core.
-_TILE_ROWS = 16  # also the unit of the summation order, hence not to be derived from the shape
-_TILE_COLUMNS = 2000
-_COARSE_ROWS = (128, 2048)  # rows of largest weight, shifted together: d/8, but at least and at most so many
-_COARSE_STEPS = 2
-_FINE_ROWS = 128  # half of largest weight, half spread over the smaller ones, decided one by one
-_NOISE = 0.045  # squared error of rounding log-uniform numbers, over (machine epsilon x norm)^2: 0.375 / (12 ln 2)
-_BUDGET = 0.3  # of that may be added in one column; a whole matrix takes about 0.03
-_DEPENDENT = 1e-4  # a direction with less than this outside the others is one of them
+_TILE_ROWS = 8  # also the unit of the summation order, hence not to be derived from the shape
+_TILE_COLUMNS = 8000  # a tile of float32, its product and their sums stay in a core's cache; fewer cost more calls
+_BLOCK = 1 << 18  # elements that are transposed at a time
+_LEGS = 16  # so many times on the way down a column the edit is steered
+_LEAST_AHEAD = 8.0  # average rows that must lie ahead: correcting much with few of them would cost accuracy
+_FINE_ROWS = 64  # per direction: half of largest weight, half spread over the smaller ones
+_FINE_SPREAD = 3.0  # decades
+_DEPENDENT = 1e-6  # a direction with less than this outside the others is one of them
 
 
-def round_into(exact: Tensor, dtype: torch.dtype, affine: Affine, axis: int) -> Tensor:
-    """``exact`` in ``dtype``, each element one of its two neighbours, errors cancelling along what ``affine`` reads.
+@dataclass(frozen=True, eq=False)
+class MatrixEdit:
+    """An affine map of the residual stream, made ready for the weights that write it.
 
-    Protected is the span of ``affine.right``: it holds all that an ablation or a clamp removes, and all that the fitted
-    coefficient of a partial ablation is measured on. Vectors, and anything under an affine without a linear part, are
-    rounded to nearest. NaN and infinity in ``exact`` are stored as they are.
-
-    Args:
-        exact: float32, ``[d, n]`` (axis 0), ``[n, d]`` (axis 1), or a stack of such matrices; the edited weight.
-        dtype: torch.float32 (returned as it is), torch.bfloat16 or torch.float16.
-        axis: the residual axis, of ``d`` components.
-
-    Raises:
-        CheckpointError: a finite element lies beyond the largest number of ``dtype``.
+    ``x -> x + V gain (V_read^T x) + shift`` where the columns of ``V`` are orthonormal and the first of them,
+    ``V_read``, span what the map reads: all that an ablation or a clamp removes, and all that the fitted coefficient of
+    a partial ablation is measured on. They are what is protected.
     """
-    if dtype == exact.dtype:
-        return exact
-    stored = torch.empty_like(exact, dtype=dtype)
-    basis = _orthonormal(affine.right) if exact.ndim > 1 and affine.is_linear else affine.right[:, :0]
-    if not basis.shape[1]:
-        return _checked(stored.copy_(exact), exact)
-    rows = _Rows.of(basis)
-    for source, target in _matrices(exact, stored, axis % exact.ndim):
-        for start in range(0, source.shape[1], _TILE_COLUMNS):
-            part = slice(start, start + _TILE_COLUMNS)
-            columns = source[:, part]
-            columns = columns if columns.stride(1) == 1 else columns.contiguous()
-            target[:, part] = _round_columns(columns, dtype, basis, rows)
-    return stored
+
+    vectors: Tensor  # [e, d, 1] float64, V^T
+    gain: list[list[float]]  # [e][m]
+    shift: Tensor | None  # [d, 1]
+    legs: list[_Leg]
+    fine: Tensor  # rows that may be moved at the end, by decreasing weight; empty where nothing is protected
+    protect: bool
+
+    @classmethod
+    def of(cls, affine: Affine, *, protect: bool) -> MatrixEdit:
+        """``protect``: errors cancel along what ``affine`` reads; otherwise each element is rounded to nearest."""
+        read = _orthonormal(affine.right if affine.is_linear else affine.right[:, :0])
+        left, shift = affine.left.double(), affine.shift.double()[:, None]
+        basis = _orthonormal(torch.cat([read, left], dim=1)) if read.shape[1] else read
+        inside = _products(basis, left), _products(read, affine.right.double())
+        gain = _sum((inside[0][:, None] * inside[1][None, :]).movedim(-1, 0)) if read.shape[1] else read.T
+        count = read.shape[1] if protect else 0
+        return cls(
+            basis.T[:, :, None].contiguous(),
+            gain.tolist(),
+            shift if affine.has_shift else None,
+            [_Leg.of(rows, basis, count, shift) for rows in _legs(len(basis))] if count else [],
+            _fine_rows(read) if count else torch.empty(0, dtype=torch.int64),
+            bool(count),
+        )
+
+    def into(self, source: Tensor, target: Tensor, axis: int, memory: Workspace) -> None:
+        """Write the edit of ``source`` to ``target``, which may be ``source`` itself where the dtypes are the same.
+
+        Both are ``[d, n]`` (axis 0) or ``[n, d]`` (axis 1), of any floating dtype. Arithmetic is in float32, or in
+        float64 where either is. NaN and infinity spoil their own column.
+
+        Raises:
+            CheckpointError: a finite element would lie beyond the largest float16 number.
+        """
+        for start in range(0, source.shape[1 - axis], _TILE_COLUMNS):
+            old = source.narrow(1 - axis, start, min(_TILE_COLUMNS, source.shape[1 - axis] - start))
+            new = target.narrow(1 - axis, start, old.shape[1 - axis])
+            if axis == 0:
+                self._columns(old, new, memory)
+                continue
+            columns = memory.take("columns", (old.shape[1], old.shape[0]), old.dtype)
+            stored = columns if new.dtype == old.dtype else memory.take("stored", tuple(columns.shape), new.dtype)
+            for rows, block, piece in _blocks(old, columns, memory):
+                piece.copy_(block.copy_(rows.T))
+            self._columns(columns, stored, memory)
+            for rows, block, piece in _blocks(new, stored, memory):
+                rows.copy_(block.copy_(piece).T)
+
+    def _columns(self, source: Tensor, target: Tensor, memory: Workspace) -> None:
+        wide = torch.float64 if torch.float64 in (source.dtype, target.dtype) else torch.float32
+        run = _Run.over(source, target, self.vectors.to(wide), len(self.gain[0]) if self.gain else 0, memory)
+        legs = [leg.tiles for leg in self.legs] or [slice(None)]
+        held = [run.components(tiles) for tiles in legs]
+        found = [sum(parts[1:], start=parts[0]) for parts in zip(*held, strict=True)]
+        wanted = [sum(starmap(torch.mul, zip(found, row, strict=True)), torch.zeros(())) for row in self.gain]
+        shift = None if self.shift is None else self.shift.to(wide)
+        if not self.protect or target.dtype.itemsize > 2:  # float32 has no need of it
+            run.store(slice(None), wanted, shift, measure=False)
+            return
+        before = source.index_select(0, self.fine)  # the target may be the source
+        steered, error = wanted, [torch.zeros_like(one) for one in found]
+        for leg, parts in zip(self.legs, held, strict=True):
+            stored = run.store(leg.tiles, steered, shift, measure=True)
+            error = [
+                so_far + (there - aim)
+                for so_far, there, aim in zip(error, stored, leg.aims(parts, wanted), strict=True)
+            ]
+            steered = leg.steered(wanted, error)
+        self._finish(before, target, wanted, shift, error)
+
+    def _finish(
+        self, before: Tensor, target: Tensor, wanted: list[Tensor], shift: Tensor | None, error: list[Tensor]
+    ) -> None:
+        """Decide the fine rows one after another: take the other neighbour where that brings the error closer to 0."""
+        total = torch.stack(error)  # [m, c]
+        size = _sum(total.square())
+        for rows, old in zip(torch.split(self.fine, _FINE_ROWS), torch.split(before, _FINE_ROWS), strict=True):
+            weights = self.vectors[:, rows].float()
+            exact = old.float()
+            for weight, amount in zip(weights, wanted, strict=True):
+                exact += weight * amount
+            if shift is not None:
+                exact += shift[rows]
+            nearest = target.index_select(0, rows)
+            other = _other_neighbour(nearest, exact)
+            gap = other.float() - nearest.float()
+            changes = torch.stack([gap * weight for weight in weights[: len(error)]], dim=1)
+            moved = torch.zeros_like(gap, dtype=torch.bool)
+            for change, better in zip(changes, moved, strict=True):
+                there = total + change
+                closer = _sum(there.square())
+                torch.lt(closer, size, out=better)
+                total = torch.where(better, there, total)
+                size = torch.where(better, closer, size)
+            target.index_copy_(0, rows, torch.where(moved, other, nearest))
+
+
+@dataclass(frozen=True, eq=False)
+class _Leg:
+    """A stretch of rows, after which the edit is steered."""
+
+    tiles: slice
+    overlap: list[list[float]]  # [m][e] V_read^T V over these rows
+    shift: list[float]  # [m] V_read^T shift over these rows
+    ahead: list[float]  # [m] squared weight of the rows behind this leg; 0 where that is too little to correct with
+
+    @classmethod
+    def of(cls, rows: slice, basis: Tensor, count: int, shift: Tensor) -> _Leg:
+        here, later = basis[rows], basis[rows.stop :, :count]
+        ahead = _sum(later.square()) if len(later) else torch.zeros(count)
+        enough = ahead * len(basis) >= _LEAST_AHEAD
+        return cls(
+            slice(rows.start // _TILE_ROWS, -(-rows.stop // _TILE_ROWS)),
+            _products(here[:, :count], here).tolist(),
+            _products(here[:, :count], shift[rows])[:, 0].tolist(),
+            torch.where(enough, ahead, 0.0).tolist(),
+        )
+
+    def aims(self, held: list[Tensor], wanted: list[Tensor]) -> Iterator[Tensor]:
+        """What the exact edit of these rows holds along each protected direction."""
+        for aim, row, shift in zip(held, self.overlap, self.shift, strict=True):
+            for amount, share in zip(wanted, row, strict=True):
+                aim = aim + amount * share
+            yield aim + shift
+
+    def steered(self, wanted: list[Tensor], error: list[Tensor]) -> list[Tensor]:
+        """``wanted``, and the errors so far taken out by the rows ahead."""
+        out = list(wanted)
+        for index, (one, ahead) in enumerate(zip(error, self.ahead, strict=True)):
+            if ahead:
+                out[index] = wanted[index] - torch.nan_to_num(one / ahead, 0.0, 0.0, 0.0)
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """Some columns on their way from ``source`` to ``target``, a tile of rows at a time."""
+
+    source: tuple[Tensor, ...]  # tiles [_TILE_ROWS, c]; the last may have fewer rows
+    target: tuple[Tensor, ...]
+    weights: list[tuple[Tensor, ...]]  # [e] of tiles [_TILE_ROWS, 1]
+    tile: Tensor  # [_TILE_ROWS, c]
+    product: Tensor
+    sums: list[Tensor]  # [m] of [_TILE_ROWS, c]
+
+    @classmethod
+    def over(cls, source: Tensor, target: Tensor, vectors: Tensor, read: int, memory: Workspace) -> _Run:
+        def take(use: str) -> Tensor:
+            return memory.take(use, (_TILE_ROWS, source.shape[1]), vectors.dtype)
+
+        return cls(
+            torch.split(source, _TILE_ROWS),
+            torch.split(target, _TILE_ROWS),
+            [torch.split(vector, _TILE_ROWS) for vector in vectors],
+            take("tile"),
+            take("product"),
+            [take(f"sum {index}") for index in range(read)],
+        )
+
+    def components(self, tiles: slice) -> list[Tensor]:
+        """Along each direction that is read: what the source holds in ``tiles``; ``[m]`` of ``[c]``."""
+        for one in self.sums:
+            one.zero_()
+        for index in range(*tiles.indices(len(self.source))) if self.sums else ():
+            self._add_components(index, self.tile[: len(self.source[index])].copy_(self.source[index]))
+        return [_sum(one) for one in self.sums]
+
+    def store(self, tiles: slice, amounts: list[Tensor], shift: Tensor | None, *, measure: bool) -> list[Tensor]:
+        """Write ``tiles`` with ``amounts`` [e] of [c] of the vectors added; what is now stored along each direction."""
+        for one in self.sums:
+            one.zero_()
+        for index in range(*tiles.indices(len(self.source))):
+            rows = len(self.source[index])
+            exact, product = self.tile[:rows], self.product[:rows]
+            exact.copy_(self.source[index])
+            for weights, amount in zip(self.weights, amounts, strict=True):
+                exact += torch.mul(weights[index], amount, out=product)
+            if shift is not None:
+                exact += shift[index * _TILE_ROWS : index * _TILE_ROWS + rows]
+            stored = self.target[index].copy_(exact)
+            if stored.dtype is torch.float16:
+                check_range(stored, exact)
+            if measure:
+                self._add_components(index, exact.copy_(stored))
+        return [_sum(one) for one in self.sums]
+
+    def _add_components(self, index: int, values: Tensor) -> None:
+        rows = len(values)
+        for sums, weights in zip(self.sums, self.weights, strict=False):
+            sums[:rows] += torch.mul(values, weights[index], out=self.product[:rows])
 
 
 def residual(stored: Tensor, original: Tensor, direction: Tensor, axis: int) -> float:
@@ -77,190 +249,39 @@ def _along(weight: Tensor, columns: Tensor, axis: int) -> Tensor:
     return torch.cat([flat[start : start + _TILE_COLUMNS].double() @ columns for start in starts])
 
 
-def _matrices(exact: Tensor, stored: Tensor, axis: int) -> list[tuple[Tensor, Tensor]]:
-    """Pairs of views ``[d, n]``, residual axis first."""
-    if exact.ndim > 2:
-        free = 0 if axis else 1
-        pairs = zip(exact.unbind(free), stored.unbind(free), strict=True)
-        return [pair for one in pairs for pair in _matrices(*one, axis - 1 if axis else 0)]
-    return [(exact, stored) if axis == 0 else (exact.T, stored.T)]
+def _blocks(rows: Tensor, columns: Tensor, memory: Workspace) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pieces of ``rows`` [n, d] and of ``columns`` [d, n] that match, and a block [d, k] in between.
 
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """The rows of the residual axis that may leave the nearest value, chosen from the directions alone."""
-
-    index: Tensor  # [K] rows, by decreasing weight; the first ``coarse`` take part in the coarse steps
-    weight: Tensor  # [K, m] their components of the protected directions
-    coarse: int
-    power: Tensor  # [m, 1] sum of squared weights over the coarse rows
-    fine: list[int]  # positions in ``index``, in the order in which they are decided
-
-    @classmethod
-    def of(cls, basis: Tensor) -> _Rows:
-        size = _sum(basis.T.square())
-        order = torch.argsort(size, descending=True, stable=True)
-        few, many = _COARSE_ROWS
-        coarse = min(len(order), many, max(few, len(order) // 8 // _TILE_ROWS * _TILE_ROWS))
-        tail = _spread(size[order].sqrt(), coarse, _FINE_ROWS // 2)
-        index = torch.cat([order[:coarse], order[tail]])
-        weight = basis[index]
-        power = _sum(weight[:coarse].square())[:, None]
-        heads = min(coarse, _FINE_ROWS - len(tail))
-        return cls(index, weight, coarse, power, [*range(heads), *range(coarse, len(index))])
-
-
-def _spread(size: Tensor, start: int, count: int) -> Tensor:
-    """Up to ``count`` positions of ``size`` (decreasing) from ``start`` on, logarithms of the values spread evenly."""
-    left = len(size) - start
-    if left <= count:
-        return torch.arange(start, len(size))
-    wanted = size[start] * torch.logspace(0, -3, count)
-    nearest = torch.searchsorted(-size[start:].contiguous(), -wanted)
-    latest = left - count + torch.arange(count)
-    distinct = torch.cummax(nearest - torch.arange(count), 0).values + torch.arange(count)
-    return start + torch.minimum(distinct, latest)
-
-
-def _round_columns(exact: Tensor, dtype: torch.dtype, basis: Tensor, rows: _Rows) -> Tensor:
-    """``exact`` [d, c] in ``dtype``: rounded to nearest, then single elements flipped to their other neighbour."""
-    stored = torch.empty_like(exact, dtype=dtype)
-    state = _State.after_plain_rounding(exact, stored, basis)
-    if not state.error.isfinite().all():
-        _checked(stored, exact)
-    tiles = [_Tile.of(exact, stored, rows, start) for start in range(0, len(rows.index), _TILE_ROWS)]
-    state = _coarse(state, tiles, rows)
-    _fine(state, tiles, rows)
-    for tile in tiles:
-        stored.index_copy_(0, tile.index, torch.where(tile.flipped, tile.other, tile.nearest))
-    return stored
-
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """Where the columns stand."""
-
-    error: Tensor  # [m, c] rounding error along each protected direction
-    room: Tensor  # [c] by how much the squared rounding error may still grow
-
-    @classmethod
-    def after_plain_rounding(cls, exact: Tensor, stored: Tensor, basis: Tensor) -> _State:
-        """Round ``exact`` into ``stored`` and measure; one pass over both."""
-        along = [exact.new_zeros(_TILE_ROWS, exact.shape[1]) for _ in basis.T]
-        square, error, product = (torch.zeros_like(along[0]) for _ in range(3))
-        for start in range(0, len(exact), _TILE_ROWS):
-            part = exact[start : start + _TILE_ROWS]
-            count = len(part)
-            nearest = stored[start : start + count].copy_(part)
-            torch.sub(error[:count].copy_(nearest), part, out=error[:count])
-            for sums, weight in zip(along, basis[start : start + count].T, strict=True):
-                sums[:count] += torch.mul(error[:count], weight[:, None], out=product[:count])
-            square[:count] += torch.mul(part, part, out=product[:count])
-        room = _sum(square) * (_BUDGET * _NOISE * torch.finfo(stored.dtype).eps ** 2)
-        return cls(torch.stack([_sum(sums) for sums in along]), room)
-
-
-@dataclass(frozen=True, eq=False)
-class _Tile:
-    """Some of the rows that may flip, and what a flip changes."""
-
-    index: Tensor  # [k] rows
-    weight: Tensor  # [k, m]
-    nearest: Tensor  # [k, c]
-    other: Tensor  # [k, c] the neighbour on the other side of the exact value; the same where that is representable
-    middle: Tensor  # [k, c] from the exact value to the middle of the two, signed
-    change: list[Tensor]  # m of [k, c]: what a flip adds to the error along each protected direction
-    cost: Tensor  # [k, c] by how much a flip makes the squared error grow; never negative
-    flipped: Tensor  # [k, c] bool, filled in by the two stages
-
-    @classmethod
-    def of(cls, exact: Tensor, stored: Tensor, rows: _Rows, start: int) -> _Tile:
-        index, weight = rows.index[start : start + _TILE_ROWS], rows.weight[start : start + _TILE_ROWS]
-        value, nearest = exact.index_select(0, index), stored.index_select(0, index)
-        rounded = nearest.float()
-        # Adding 1 to the bits of a float moves it away from zero, whatever its sign.
-        step = (value.abs() - rounded.abs()).sign_().to(torch.int16)
-        other = step.add_(nearest.view(torch.int16)).view(stored.dtype)
-        gap = other.float().sub_(rounded)
-        middle = rounded.sub_(value).add_(gap * 0.5)
-        cost = (gap * middle).mul_(2.0)  # (error + gap)^2 - error^2
-        change = [gap * column[:, None] for column in weight.T]
-        return cls(index, weight, nearest, other, middle, change, cost, torch.zeros_like(gap, dtype=torch.bool))
-
-
-def _coarse(start: _State, tiles: list[_Tile], rows: _Rows) -> _State:
-    """Shift the coarse rows by a multiple of the direction and flip what the shift carries over the middle.
-
-    For a given change along the direction these are the flips that cost least: the multiple is the Lagrange multiplier
-    of that least-squares problem. The first step takes the columns to answer linearly, the next corrects by what they
-    answered.
+    Transposing is fast from and to contiguous memory that a core's cache holds.
     """
-    tiles = tiles[: -(-rows.coarse // _TILE_ROWS)]
-    best, size = start, _sum(start.error.square())
-    shift = -start.error / rows.power
-    for _ in range(_COARSE_STEPS):
-        flips = [_beyond(tile, shift) for tile in tiles]
-        change, cost = _effect(tiles, flips)
-        error, room = start.error + change, start.room - cost
-        closer = _sum(error.square())
-        better = (closer < size).logical_and_(room >= 0)
-        best = _State(torch.where(better, error, best.error), torch.where(better, room, best.room))
-        size = torch.where(better, closer, size)
-        for flip, tile in zip(flips, tiles, strict=True):
-            torch.where(better, flip, tile.flipped, out=tile.flipped)
-        shift = shift / (-change / start.error).clamp_(0.5, 2.0)
-    return best
+    size = max(1, _BLOCK // max(1, len(columns)))
+    for part, piece in zip(torch.split(rows, size), torch.split(columns, size, dim=1), strict=True):
+        yield part, memory.take("block", tuple(piece.shape), piece.dtype), piece
 
 
-def _beyond(tile: _Tile, shift: Tensor) -> Tensor:
-    """Which elements of ``tile`` a shift by ``weight . shift`` carries over the middle: bool ``[k, c]``."""
-    moved = shift[0] * tile.weight[:, :1]
-    for one in range(1, len(shift)):
-        moved += shift[one] * tile.weight[:, one, None]
-    return moved.div_(tile.middle) > 1.0
+def _legs(width: int) -> list[slice]:
+    size = max(1, width // _TILE_ROWS // _LEGS) * _TILE_ROWS
+    return [slice(start, min(width, start + size)) for start in range(0, width, size)]
 
 
-def _effect(tiles: list[_Tile], flips: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """What flipping ``flips`` changes: the error along each direction ``[m, c]``, and the squared error ``[c]``."""
-    width, none = flips[0].shape[1], torch.zeros(())
-    sums = [torch.zeros(_TILE_ROWS, width) for _ in range(len(tiles[0].change) + 1)]
-    for tile, flip in zip(tiles, flips, strict=True):
-        for total, values in zip(sums, [*tile.change, tile.cost], strict=True):
-            total[: len(flip)] += torch.where(flip, values, none)
-    *change, cost = (_sum(total) for total in sums)
-    return torch.stack(change), cost
+def _fine_rows(basis: Tensor) -> Tensor:
+    """Rows by decreasing weight: those of largest weight, then weights spread evenly on a logarithmic scale."""
+    weight, order = _sum(basis.T.square()).sqrt().sort(descending=True, stable=True)
+    half = min(len(order), _FINE_ROWS * basis.shape[1] // 2)
+    wanted = weight[0] * torch.logspace(0, -_FINE_SPREAD, half, dtype=weight.dtype)
+    spread = torch.searchsorted(-weight, -wanted).clamp_(max=len(order) - 1)
+    return order[torch.unique(torch.cat([torch.arange(half), spread]))]
 
 
-def _fine(state: _State, tiles: list[_Tile], rows: _Rows) -> None:
-    """Decide the fine rows one after another: flip an element, or back, where that brings the error closer to 0."""
-    error, room, size = state.error.clone(), state.room.clone(), _sum(state.error.square())
-    moved, none = torch.empty_like(error), torch.zeros(())
-    better, allowed = (torch.empty_like(room, dtype=torch.bool) for _ in range(2))
-    for tile, chosen in _by_tile(tiles, rows.fine):
-        back = torch.where(tile.flipped[chosen], -1.0, 1.0)
-        changes = torch.stack([values[chosen] * back for values in tile.change], dim=1)
-        costs = tile.cost[chosen] * back
-        for flipped, change, cost in zip(tile.flipped[chosen], changes, costs, strict=True):
-            torch.add(error, change, out=moved)
-            closer = _sum(moved.square())
-            torch.lt(closer, size, out=better)
-            better &= torch.le(cost, room, out=allowed)
-            torch.where(better, moved, error, out=error)
-            torch.where(better, closer, size, out=size)
-            room -= torch.where(better, cost, none)
-            flipped ^= better
-
-
-def _by_tile(tiles: list[_Tile], positions: list[int]) -> Iterator[tuple[_Tile, slice]]:
-    """``positions`` among the rows of ``tiles``, increasing, as runs inside one tile."""
-    for number, tile in enumerate(tiles):
-        inside = [position - number * _TILE_ROWS for position in positions if position // _TILE_ROWS == number]
-        if inside:
-            yield tile, slice(inside[0], inside[-1] + 1)
+def _other_neighbour(nearest: Tensor, exact: Tensor) -> Tensor:
+    """The next number from ``nearest`` on the side where ``exact`` lies; ``nearest`` itself where they are equal."""
+    # Adding 1 to the bits of a float moves it away from zero, whatever its sign.
+    step = (exact.abs() - nearest.float().abs()).sign_().to(torch.int16)
+    return step.add_(nearest.view(torch.int16)).view(nearest.dtype)
 
 
 def _orthonormal(vectors: Tensor) -> Tensor:
-    """An orthonormal basis of the span of ``vectors`` [d, k], float32 ``[d, m]``; Gram-Schmidt in a fixed order."""
+    """An orthonormal basis of the span of ``vectors`` [d, k], float64 ``[d, m]``; Gram-Schmidt in a fixed order."""
     found: list[Tensor] = []
     for vector in vectors.double().unbind(1):
         length = _sum(vector.square()).sqrt()
@@ -270,7 +291,12 @@ def _orthonormal(vectors: Tensor) -> Tensor:
         left = _sum(vector.square()).sqrt()
         if left > _DEPENDENT * length:
             found.append(vector / left)
-    return torch.stack(found, dim=1).float() if found else vectors[:, :0]
+    return torch.stack(found, dim=1) if found else vectors[:, :0].double()
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """``left^T right``, summed in a fixed order."""
+    return _sum(left[:, :, None] * right[:, None, :])
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -283,12 +309,13 @@ def _sum(values: Tensor) -> Tensor:
     return values[0]
 
 
-def _checked(stored: Tensor, exact: Tensor) -> Tensor:
-    """``stored``, or a refusal where it became infinite and ``exact`` is not."""
+def check_range(stored: Tensor, exact: Tensor) -> None:
+    """Refuse where ``stored`` became infinite and ``exact`` is not."""
+    if bool(stored.sum(dtype=torch.float32).isfinite()):
+        return
     beyond = exact[stored.isinf() & exact.isfinite()]
     if len(beyond):
         raise CheckpointError(
             f"the edited weight holds {float(beyond.abs().max()):.6g}, beyond the largest {stored.dtype} number "
             f"{torch.finfo(stored.dtype).max:.6g}; lower the coefficient, or start from a checkpoint in bfloat16"
         )
-    return stored

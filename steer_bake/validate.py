@@ -13,7 +13,10 @@ that a bake that changes nothing never passes.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,14 +29,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import architectures, reload_worker
-from .checkpoint import Checkpoint, Edit, recompute, write_edited
-from .comparison import Check, Comparison, Gap, storage_dtype, stream_probes
-from .errors import CheckpointError, ValidationFailed
+from . import architectures, manifest, reload_worker, streaming
+from .checkpoint import Checkpoint, write_edited
+from .checks import Check, require
+from .comparison import Comparison, Gap, storage_dtype, stream_probes
+from .errors import CheckpointError
 from .interventions import Intervention
 from .plan import Plan, make_plan
-
-COEFFICIENT_TOLERANCE = 1e-3  # of the planned change in the change found, per edited matrix
+from .tensors import check_tensors
 
 Progress = Callable[[int, int], None]
 
@@ -59,9 +62,7 @@ class Report:
 
     def require(self) -> None:
         """Raise :class:`ValidationFailed` naming every check that failed."""
-        failed = [f"{check.name}: {check.detail}" for check in self.checks if not check.passed]
-        if failed:
-            raise ValidationFailed(f"{self.folder} is not its base plus the plan. " + "; ".join(failed))
+        require(self.folder, self.checks)
 
 
 def validate(
@@ -75,25 +76,32 @@ def validate(
     batch_size: int = 8,
     decode_prompts: int = 6,
     decode_tokens: int = 24,
+    stream: bool = False,
+    prefer: str = "smallest",
     progress: Progress | None = None,
 ) -> Report:
     """Compare the checkpoint in ``folder`` with ``base_folder`` under hooks, on tokenised prompts ``rows``.
 
-    Failing checks are in the report, not raised (see :meth:`Report.require`).
+    Failing checks are in the report, not raised (see :meth:`Report.require`). ``stream`` keeps the weights of both on
+    disk (``streaming.py``): the figures are the same, memory holds one tensor of the model at a time, and every pass,
+    one per batch and one per decoded token, reads the whole checkpoint. ``progress`` counts passes.
 
     Raises:
-        CheckpointError: the base is missing or damaged. (A damaged candidate is a failed check.)
+        CheckpointError: the base is missing or damaged, or cannot be streamed. (A damaged candidate is a failed check.)
     """
-    advance = progress or (lambda _done, _total: None)
     base = Checkpoint.open(base_folder)
-    plan = make_plan(base, interventions)
+    plan = make_plan(base, interventions, prefer)
     layout = architectures.layout(base.config)
+    reason = streaming.why_not(str(base_folder)) if stream else None
+    if reason:
+        raise CheckpointError(f"{reason}: leave out --stream, on a machine whose memory holds the model in float32")
     job = {
         "batches": [list(map(list, rows[at : at + batch_size])) for at in range(0, len(rows), batch_size)],
         "decode": list(map(list, rows[:decode_prompts])),
         "decode_tokens": decode_tokens,
         "pad_id": pad_id,
         "device": device,
+        "stream": stream,
         "threads": torch.get_num_threads(),
     }
     along, job["probes"] = stream_probes(plan, layout)
@@ -101,18 +109,18 @@ def validate(
     checks = [*_structure(folder, base, plan)]
     with tempfile.TemporaryDirectory(prefix="steer-bake-validate-") as name:
         scratch = Path(name)
+        _check_room(base, plan, sum(map(len, rows)), scratch)
         candidates = _candidates(folder, base, plan, scratch)
-        advance(1, 3)
-        problems = _run_worker(candidates, job, along, scratch)
+        passes = _Passes(candidates, job, plan, progress)
+        problems = _run_worker(candidates, job, along, scratch, passes)
         checks += [
             Check(f"strict load ({name})", not found, None, None, "; ".join(found[:4]) or "every key fits")
             for name, found in problems.items()
         ]
-        advance(2, 3)
         loaded = frozenset(name for name, found in problems.items() if not found)
-        comparison = Comparison(base, plan, layout, job, along, scratch, loaded)
+        comparison = Comparison(base, plan, layout, job, along, scratch, loaded, passes.one)
         comparison.run()
-        advance(3, 3)
+        passes.finished()
     checks += comparison.checks()
     return Report(
         str(folder), str(base_folder), plan.sha256, all(check.passed for check in checks), tuple(checks),
@@ -127,86 +135,29 @@ def validate(
 def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
     try:
         found = Checkpoint.open(folder)
+        elsewhere = manifest.read(folder).computed_elsewhere if manifest.exists(folder) else None
     except CheckpointError as error:
         yield Check("files", False, None, None, str(error))
         return
-    planned = {**base.config, **plan.config_changes}
-    wrong = [
-        f"config.json has {key}={found.config.get(key)!r}, planned {planned.get(key)!r}"
-        for key in sorted({*planned, *found.config})
-        if found.config.get(key) != planned.get(key)
-    ]
-    yield Check("config", not wrong, None, None, "; ".join(wrong[:4]) or "the base's own and as planned")
-
-    edited = {edit.tensor for edit in plan.edits}
-    wrong = [f"{name} is in neither base nor plan" for name in sorted({*found.tensors} - {*base.tensors} - edited)]
-    wrong += [
-        f"{name} is not the base's"
-        for name in base.tensors
-        if name not in edited and not _same_bytes(base, found, name)
-    ]
-    yield Check("untouched tensors", not wrong, None, None, "; ".join(wrong[:4]) or "the bytes of the base")
-
-    wrong, worst = [], 0.0
-    for edit in plan.edits:
-        problem, off = _tensor_problem(edit, base, found)
-        worst = max(worst, off)
-        wrong += [problem] if problem else []
-    more = f" (and {len(wrong) - 4} more)" if len(wrong) > 4 else ""
-    yield Check(
-        "tensors", not wrong, worst, COEFFICIENT_TOLERANCE,
-        "; ".join(wrong[:4]) + more or f"{len(plan.edits)} as planned, fitted coefficients within {worst:.1e}",
-    )  # fmt: skip
-
-
-def _same_bytes(base: Checkpoint, found: Checkpoint, name: str) -> bool:
-    old, new = base.tensors[name], found.tensors.get(name)
-    if new is None or (new.dtype, new.shape) != (old.dtype, old.shape):
-        return False
-    if new.start == old.start and (found.folder / new.file).samefile(base.folder / old.file):
-        return True
-    before, after = (one.read(name).reshape(-1).view(torch.uint8) for one in (base, found))
-    return torch.equal(before, after)
-
-
-def _tensor_problem(edit: Edit, base: Checkpoint, found: Checkpoint) -> tuple[str | None, float]:
-    """What is wrong with one edited tensor, and how far its fitted coefficient is from the plan's.
-
-    The coefficient is that of the planned change in the change found: ``<W' - W, D> / <D, D>`` with ``D`` the planned
-    change. For an ablation it equals ``(1 - <r^T W', r^T W> / |r^T W|^2) / lambda``.
-    """
-    if edit.tensor not in found.tensors:
-        return f"{edit.tensor} is missing", 1.0
-    stored = found.read(edit.tensor)
-    before = base.read(edit.source).float() if edit.source else torch.zeros(edit.shape)
-    if stored.shape != before.shape:
-        return f"{edit.tensor} has shape {list(stored.shape)}, planned {list(before.shape)}", 1.0
-    planned = edit.affine(before, edit.axis)
-    if stored.ndim == 1 or edit.source is None or edit.affine.is_identity:
-        # Constants and copies are what the other legs build on: nothing but the planned bits will do.
-        same = torch.equal(stored, recompute(base, edit, found.tensors[edit.tensor].dtype))
-        off = 0.0 if same else _misfit(stored.float(), before, planned)
-        return (None if same else f"{edit.tensor} is not as planned ({_fit_text(off)})"), off
-    off = _misfit(stored.float(), before, planned)
-    if abs(off) > COEFFICIENT_TOLERANCE:
-        return f"{edit.tensor}: {_fit_text(off)}", abs(off)
-    # A fitted coefficient does not see what was added across the planned change; the bits do.
-    same = found.tensors[edit.tensor].dtype == edit.dtype and torch.equal(stored, recompute(base, edit))
-    return (None if same else f"{edit.tensor} carries the planned change and something else"), abs(off)
-
-
-def _misfit(stored: Tensor, before: Tensor, planned: Tensor) -> float:
-    """Found over planned coefficient, minus one; where no change is planned, the size of the one found."""
-    change, found = (planned - before).double(), (stored - before).double()
-    size = float((change * change).sum())
-    return float((found * change).sum()) / size - 1 if size else float(found.norm())
-
-
-def _fit_text(off: float) -> str:
-    return f"it carries {1 + off:.4g} of the planned change"
+    yield from check_tensors(found, base, plan, elsewhere=elsewhere, fitted=True)
 
 
 # --- the candidate, in a fresh process
+
+
+def _check_room(base: Checkpoint, plan: Plan, tokens: int, scratch: Path) -> None:
+    """Refuse to begin what would fill the disk of ``scratch``: logits, and edited matrices once more in float32."""
+    vocabulary = base.config.get("vocab_size")
+    logits = 4 * tokens * vocabulary if isinstance(vocabulary, int) else 0
+    needed = (1 if storage_dtype(base) == "float32" else 3) * logits
+    if storage_dtype(base) != "float32" and not plan.is_constant:
+        needed += sum(4 * math.prod(edit.shape) for edit in plan.edits)
+    free = shutil.disk_usage(scratch).free
+    if free < needed:
+        raise CheckpointError(
+            f"logits and float32 copies of edited tensors take {needed / 1e9:.1f} GB of {scratch.parent}, where "
+            f"{free / 1e9:.1f} GB are free; point TMPDIR to a disk with room, or validate on fewer prompts"
+        )
 
 
 def _candidates(folder: Path, base: Checkpoint, plan: Plan, scratch: Path) -> dict[str, tuple[Path, str]]:
@@ -222,13 +173,53 @@ def _candidates(folder: Path, base: Checkpoint, plan: Plan, scratch: Path) -> di
         if not plan.is_constant:
             exact = scratch / "exact"
             exact.mkdir()
-            write_edited(base, plan.edits, exact, config_changes=plan.config_changes, dtype="F32")
+            write_edited(base, plan.edits, exact, config_changes=plan.config_changes, rename=plan.rename, dtype="F32")
             found["float32"] = (exact, "float32")
     return found
 
 
+class _Passes:
+    """Counts passes over a model, in the worker and here; how many there will be is known but for the norms."""
+
+    def __init__(
+        self, candidates: Mapping[str, Any], job: Mapping[str, Any], plan: Plan, progress: Progress | None
+    ) -> None:
+        batches, sides = len(job["batches"]), 2 * len(candidates)  # every candidate has its hooks beside it
+        whole = job["decode_tokens"] + bool(job["probes"])
+        self._total = (sides + 1 + plan.is_constant) * batches + 2 * whole
+        self._done = 0
+        self._progress = progress or (lambda _done, _total: None)
+        self._progress(0, self._total)
+
+    def one(self) -> None:
+        self._set(self._done + 1)
+
+    def finished(self) -> None:
+        self._set(self._total)
+
+    def follow(self, process: subprocess.Popen[bytes], passes: Path) -> None:
+        """Wait for the worker, whose count is the length of the file ``passes``."""
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.5)
+                if passes.exists():
+                    self._set(passes.stat().st_size)
+                if process.returncode is not None:
+                    return
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+
+    def _set(self, done: int) -> None:
+        if done != self._done:
+            self._done = done
+            self._progress(min(done, self._total), self._total)
+
+
 def _run_worker(
-    candidates: Mapping[str, tuple[Path, str]], job: Mapping[str, Any], along: Tensor, scratch: Path
+    candidates: Mapping[str, tuple[Path, str]], job: Mapping[str, Any], along: Tensor, scratch: Path, passes: _Passes
 ) -> dict[str, list[str]]:
     """Keys that did not load, by candidate. What the candidates computed lies in ``scratch`` afterwards."""
     save_file({"along": along}, scratch / "along.safetensors")
@@ -236,16 +227,22 @@ def _run_worker(
     whole = {**job, "candidates": listed, "out": str(scratch), "along": str(scratch / "along.safetensors")}
     (scratch / "job.json").write_text(json.dumps(whole))
     command = [sys.executable, reload_worker.__file__, str(scratch / "job.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=scratch, stdin=subprocess.DEVNULL)
-    if "No space left on device" in done.stderr:
+    with open(scratch / "stderr", "w+", encoding="utf-8", errors="replace") as said:
+        done = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, cwd=scratch
+        )  # fmt: skip
+        passes.follow(done, scratch / "passes")
+        said.seek(0)
+        stderr = said.read()
+    if "No space left on device" in stderr:
         raise CheckpointError(f"the disk of {scratch.parent} is full; point TMPDIR to one with room for the logits")
-    if done.returncode < 0 or "out of memory" in done.stderr.lower():
+    if done.returncode < 0 or "out of memory" in stderr.lower():
         raise CheckpointError(
             f"the process that reloads the model was stopped (exit status {done.returncode}), probably for lack of "
             "memory; nothing was found about the model itself. Free memory, or validate on fewer and shorter prompts"
         )
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        reason = (stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         return {name: [f"plain transformers cannot load or run it: {reason}"] for name in candidates}
     problems: dict[str, list[str]] = json.loads((scratch / "problems.json").read_text())
     return problems

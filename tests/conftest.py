@@ -8,10 +8,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # A test worker inherits the width of somebody's terminal; the tests read tables of the ordinary width.
 os.environ.pop("COLUMNS", None)
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from steer_bake.baked import audit_against
 
 from . import tiny
 
@@ -29,3 +33,25 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied bfloat16 tiny Llama in several shards. Read-only."""
     return tiny.save_llama(tmp_path_factory.mktemp("tied_llama"), tied=True, shard_size="20KB")
+
+
+@pytest.fixture(autouse=True)
+def every_bake_passes_its_audit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whatever a test bakes into its own folder is audited when it is over, unless it damaged that on purpose."""
+    if "tmp_path" not in request.fixturenames or request.node.get_closest_marker("tampered"):
+        yield
+        return
+    folder: Path = request.getfixturevalue("tmp_path")
+    if "monkeypatch" in request.fixturenames:
+        request.getfixturevalue("monkeypatch")  # so that its patches are still there below
+    yield
+    for found in sorted(folder.rglob("steering.json")):
+        hidden = any(part.startswith(".") for part in found.relative_to(folder).parts)
+        if not hidden and b'"complete": false' not in found.read_bytes():  # its weights are still on a hub
+            audit_against(found.parent, _base(request, found), hash_files=True).require()
+
+
+def _base(request: pytest.FixtureRequest, found: Path) -> str | None:
+    """The folder that a test's own hub serves the base from; None where steering.json leads to the base."""
+    hub_id = json.loads(found.read_text())["base"]["hub_id"]
+    return str(request.getfixturevalue("hub").root / hub_id) if hub_id and "hub" in request.fixturenames else None

@@ -243,6 +243,7 @@ def test_the_manifest_lists_every_file_with_a_hash_of_what_we_wrote(
     assert sum(record["sha256"] is None for record in records.values()) == linked  # the base's own shard
 
 
+@pytest.mark.tampered
 def test_a_manifest_whose_vectors_were_exchanged_is_refused(llama: Path, tmp_path: Path) -> None:
     out = baked(llama, tmp_path / "out", [add("resid_post.1")])
     tensors = load_file(out / manifest.VECTORS_FILE)
@@ -251,6 +252,7 @@ def test_a_manifest_whose_vectors_were_exchanged_is_refused(llama: Path, tmp_pat
         manifest.read(out)
 
 
+@pytest.mark.tampered
 def test_a_manifest_that_names_no_site_is_refused(llama: Path, tmp_path: Path) -> None:
     out = baked(llama, tmp_path / "out", [add("resid_post.1")])
     text = (out / manifest.JSON_FILE).read_text()

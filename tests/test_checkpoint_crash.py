@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from steer_bake.affine import Affine
-from steer_bake.checkpoint import Checkpoint, Edit, publish, write_edited
+from steer_bake.checkpoint import Appended, Checkpoint, Edit, publish, write_edited
 from steer_bake.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ def bake(
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """One bake of each kind: new tensors, edited ones, renamed ones."""
+    """One bake of each kind: new tensors, edited ones, longer ones, renamed ones."""
     base = Checkpoint.open(base_folder)
     column = torch.ones(D, 1) / D**0.5
     none = torch.zeros(D, 0)
@@ -62,6 +62,9 @@ def bake(
     elif kind == "ablation":
         affine = Affine(-column, column, torch.zeros(D))
         edits = [Edit(name, (D, ROWS), "BF16", affine, 0, name) for name in base.tensors]
+    elif kind == "neurons":
+        more, none = Appended(torch.ones(D, 64), 1), Affine.identity(D)
+        edits = [Edit(name, (D, ROWS + 64), "BF16", none, 0, name, more) for name in base.tensors]
     else:
         rename = {"layers.1.w": "layers.2.w", "layers.2.w": "layers.3.w"}
         edits = [Edit("layers.1.w", (D, ROWS), "BF16", Affine.identity(D))]
@@ -87,7 +90,7 @@ def kill_bakes(place: Path, count: int, seed: int) -> list[int]:
     torch.set_num_threads(1)
     chance, tally = random.Random(seed), [0, 0]
     base, out, before = place / "base", place / "out", state(place / "base")
-    kinds = ("additive", "ablation", "growing")
+    kinds = ("additive", "ablation", "neurons", "growing")
     expected, seconds = {}, {}
     for kind in kinds:
         began = time.perf_counter()
@@ -95,7 +98,7 @@ def kill_bakes(place: Path, count: int, seed: int) -> list[int]:
         seconds[kind] = time.perf_counter() - began
         expected[kind] = contents(place / kind)
     for trial in range(count):
-        kind, overwrite = kinds[trial % 3], trial % 2 == 1
+        kind, overwrite = kinds[trial % 4], trial // 4 % 2 == 1
         if not overwrite:
             shutil.rmtree(out, ignore_errors=True)
         allowed = [expected[kind], contents(out) if overwrite else None]

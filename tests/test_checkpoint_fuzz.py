@@ -7,6 +7,7 @@ import shutil
 import struct
 import tempfile
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from steer_bake.affine import Affine
-from steer_bake.checkpoint import Checkpoint, Edit, write_edited
+from steer_bake.checkpoint import Appended, Checkpoint, Edit, write_edited
 from steer_bake.errors import CheckpointError
 
 WEIGHTS, INDEX, CONFIG = "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"
@@ -109,6 +110,11 @@ def check(mutation: tuple[str, bytes]) -> None:
             shutil.rmtree(out)
             out.mkdir()
             write_edited(base, rows, out, config_changes={})
+            shutil.rmtree(out)
+            out.mkdir()
+            more = Appended(torch.ones(4, 2), 1)
+            write_edited(base, [replace(rows[0], shape=(4, 10), appended=more)], out, config_changes={})
+            Checkpoint.open(out)
         except CheckpointError as refused:
             str(refused).encode()  # a message that cannot be printed would be a second error
         finally:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from steer_bake import rounding as rounding_module
 from steer_bake.affine import Affine
-from steer_bake.checkpoint import Checkpoint, Edit, check_room, plain_rounding, publish, recompute, write_edited
-from steer_bake.checkpoint import edit as edit_module
+from steer_bake.checkpoint import Checkpoint, Diagonal, Edit, check_room, publish, recompute, write_edited
+from steer_bake.checkpoint import pieces as pieces_module
 from steer_bake.checkpoint import pipeline as pipeline_module
 from steer_bake.errors import CheckpointError
-from steer_bake.rounding import round_into
 
 from . import tiny
 
@@ -84,7 +85,7 @@ def base(request: pytest.FixtureRequest) -> Iterator[Checkpoint]:
 
 def test_an_ablation_writes_the_edit_and_nothing_else(base: Checkpoint, tmp_path: Path) -> None:
     edits = {edit.tensor: edit for edit in ablated(base)}
-    write_edited(base, list(edits.values()), tmp_path, config_changes={}, rounding=plain_rounding)
+    write_edited(base, list(edits.values()), tmp_path, config_changes={}, protect=False)
     out = Checkpoint.open(tmp_path)
     assert set(out.tensors) == set(base.tensors)
     assert [out.header_hash(file) for file in out.files] == [base.header_hash(file) for file in base.files]
@@ -197,6 +198,7 @@ def test_an_inserted_layer_that_adds_nothing_changes_no_logit(base: Checkpoint, 
         assert torch.equal(load_strictly(tmp_path)(tokens).logits, before)
 
 
+@pytest.mark.tampered  # its steering files are made up
 def test_the_other_files_go_along_and_other_weights_do_not(llama: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(llama, tmp_path / "base"))
     along = ["LICENSE", "NOTICE.txt", "tokenizer.model", "merges.txt", "vocab.json", "special_tokens_map.json"]
@@ -266,34 +268,34 @@ def odd_shapes(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(folder)
 
 
-@pytest.mark.parametrize("rounding", [plain_rounding, round_into])
+@pytest.mark.parametrize("protect", [False, True])
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_threads_and_blocks_do_not_change_a_bit(
     odd_shapes: Checkpoint,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    rounding: Callable[[Tensor, torch.dtype, Affine, int], Tensor],
+    protect: bool,
     dtype: str,
 ) -> None:
     left, right = torch.cat([direction(96), direction(96, 1)], 1), torch.cat([direction(96, 2), direction(96, 3)], 1)
     rank_two = Affine(left, right, torch.ones(96))
     edits = [in_place(odd_shapes, name, rank_two, axis) for name, (_, axis) in SHAPES.items()]
     threads, results = torch.get_num_threads(), []
-    cases = [(1, 1 << 18, 1000, 16 << 20, 2), (2, 1 << 18, 1000, 16 << 20, 2), (2, 7001, 900, 99999, 1)]
-    for index, (count, block, rounded, slab, workers) in enumerate(cases):
-        monkeypatch.setattr(edit_module, "BLOCK", block)
-        monkeypatch.setattr(edit_module, "ROUNDED", rounded)
-        monkeypatch.setattr(edit_module, "SLAB", slab)
+    cases = [(1, 8000, 1 << 18, 32 << 20, 2), (2, 8000, 1 << 18, 32 << 20, 2), (2, 900, 7001, 99999, 1)]
+    for index, (count, columns, block, slab, workers) in enumerate(cases):
+        monkeypatch.setattr(rounding_module, "_TILE_COLUMNS", columns)
+        monkeypatch.setattr(rounding_module, "_BLOCK", block)
+        monkeypatch.setattr(pieces_module, "SLAB", slab)
         monkeypatch.setattr(pipeline_module, "WORKERS", workers)
         folder = tmp_path / str(index)
         folder.mkdir()
         try:
             torch.set_num_threads(count)
-            write_edited(odd_shapes, edits, folder, config_changes={}, dtype=dtype, rounding=rounding)
+            write_edited(odd_shapes, edits, folder, config_changes={}, dtype=dtype, protect=protect)
             assert torch.get_num_threads() == count
             out = Checkpoint.open(folder)
             for edit in edits:
-                assert torch.equal(out.read(edit.tensor), recompute(odd_shapes, edit, dtype, rounding))
+                assert torch.equal(out.read(edit.tensor), recompute(odd_shapes, edit, dtype, protect=protect))
         finally:
             torch.set_num_threads(threads)
         results.append((folder / "model.safetensors").read_bytes())
@@ -306,6 +308,33 @@ def test_every_layout_is_edited_along_its_residual_axis(odd_shapes: Checkpoint, 
     found = recompute(odd_shapes, edit, "F32").double()
     assert (found - edit.affine(odd_shapes.read(name).double(), edit.axis)).abs().max() < 1e-5
     assert (torch.tensordot(found, direction(96).double()[:, 0], ([edit.axis], [0]))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("slab", [1, 1 << 20], ids=["a row at a time", "all at once"])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_new_matrix_holds_what_its_edit_says(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axis: int, slab: int
+) -> None:
+    monkeypatch.setattr(pieces_module, "SLAB", slab)
+    base, value = Checkpoint.open(llama), torch.arange(6.0) / 8
+    constant = replace(Affine.identity(6), shift=value)
+    shape = (6, 9) if axis == 0 else (9, 6)
+    column = Edit("column", shape, "BF16", constant, axis, only=(2, 4))
+    signs = Edit(
+        "signs", shape, "BF16", Affine.identity(6), axis, diagonals=(Diagonal(1, 0, 5, 2.0), Diagonal(0, 1, 5, -1.0))
+    )
+    number = Edit("number", (), "BF16", replace(Affine.identity(1), shift=torch.tensor([3.0])))
+    write_edited(base, [column, signs, number], tmp_path, config_changes={})
+    found = Checkpoint.open(tmp_path)
+    wanted = torch.zeros(6, 9)
+    wanted[:, 2:4] = value[:, None]
+    assert torch.equal(found.read("column").float(), wanted if axis == 0 else wanted.T)
+    wanted = torch.zeros(shape)
+    for step in range(5):
+        wanted[1 + step, step], wanted[step, 1 + step] = 2.0, -1.0
+    assert torch.equal(found.read("signs").float(), wanted)
+    assert found.read("number").shape == ()
+    assert float(found.read("number")) == 3.0
 
 
 def test_the_progress_ends_at_the_total(base: Checkpoint, tmp_path: Path) -> None:
@@ -372,12 +401,12 @@ def test_an_overflow_of_float16_is_refused(tmp_path: Path) -> None:
     save_file({"w": torch.ones(D, D, dtype=torch.float16)}, tmp_path / "base" / "model.safetensors")
     (tmp_path / "base" / "config.json").write_text("{}")
     base = Checkpoint.open(tmp_path / "base")
-    for rounding in (plain_rounding, round_into):
+    for protect in (False, True):
         with publish(tmp_path / "fine") as folder:
-            write_edited(base, [in_place(base, "w", shift(60000.0))], folder, config_changes={}, rounding=rounding)
+            write_edited(base, [in_place(base, "w", shift(60000.0))], folder, config_changes={}, protect=protect)
         shutil.rmtree(tmp_path / "fine")
         with pytest.raises(CheckpointError, match="float16"), publish(tmp_path / "over") as folder:
-            write_edited(base, [in_place(base, "w", shift(70000.0))], folder, config_changes={}, rounding=rounding)
+            write_edited(base, [in_place(base, "w", shift(70000.0))], folder, config_changes={}, protect=protect)
         assert not (tmp_path / "over").exists()
 
 

@@ -74,7 +74,8 @@ def test_every_verb_explains_itself_with_an_example(verb: str) -> None:
 
 
 def test_the_verbs_are_the_documented_ones() -> None:
-    assert set(VERBS) == {"run", "extract", "plan", "bake", "validate", "card", "compare", "explain", "list"}
+    others = ("validate", "audit", "unbake", "card", "compare", "explain", "list")
+    assert set(VERBS) == {"run", "extract", "plan", "bake", *others}
     for verb in VERBS:
         options = {name for option in main.commands[verb].params for name in option.opts}
         assert "--json" in options or verb == "card"  # what card has to say is the card
@@ -84,6 +85,7 @@ def test_the_verbs_are_the_documented_ones() -> None:
             "compare",
             "explain",
             "validate",
+            "audit",
         )  # these write no model
 
 
@@ -173,15 +175,15 @@ def test_stacking_is_refused_until_it_is_asked_for(baked: Path, vector: Path, tm
     assert "twice" in ok(*asked, "--stack").stdout
 
 
+@pytest.mark.parametrize("how", [[], ["--stream"]], ids=["in memory", "from disk"])
 def test_validate_proves_a_baked_folder_named_by_a_relative_path(
-    baked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    baked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: list[str]
 ) -> None:
     jobs.write_prompts(tmp_path)
     monkeypatch.chdir(baked.parent)
     report = tmp_path / "report.json"
-    done = ok(
-        "validate", baked.name, "--prompts", tmp_path / "proof.jsonl", "--decode-tokens", "4", "-o", report, "--json"
-    )
+    asked = ["validate", baked.name, "--prompts", tmp_path / "proof.jsonl", "--decode-tokens", "4", *how]
+    done = ok(*asked, "-o", report, "--json")
     assert json.loads(done.stdout)["passed"] is True
     assert json.loads(report.read_text()) == json.loads(done.stdout)
     card = ok("card", baked, "--report", report, "--dry-run").stdout
@@ -189,6 +191,7 @@ def test_validate_proves_a_baked_folder_named_by_a_relative_path(
     assert not (baked / "README.md").exists()
 
 
+@pytest.mark.tampered
 def test_validate_fails_with_a_non_zero_exit_and_says_where(baked: Path, tmp_path: Path) -> None:
     jobs.write_prompts(tmp_path)
     wrong = jobs.copy(baked, tmp_path / "wrong")
@@ -475,6 +478,7 @@ def test_a_report_that_is_none_is_one_sentence(baked: Path, tmp_path: Path) -> N
         refused("card", baked, "--report", tmp_path / "report.json", because="report")
 
 
+@pytest.mark.tampered
 def test_a_base_that_is_gone_is_one_sentence(baked: Path, tmp_path: Path) -> None:
     moved = jobs.copy(baked, tmp_path / "moved")
     manifest = json.loads((moved / "steering.json").read_text())

@@ -63,7 +63,7 @@ def test_what_is_preferred_is_what_a_plan_takes(model_type: str, prefer: str, tm
         [option] = [option for option in one.options if prefer in option.preferred_by]
         assert option.representation == " + ".join(dict.fromkeys(d.representation for d in plan.decisions))
         assert option.config_changes == plan.config_changes
-        assert option.layers == (len(plan.order) - zoo.LAYERS if plan.order else 0)
+        assert option.layers == plan.layers_after(zoo.LAYERS) - zoo.LAYERS
         assert option.parameters == sum(
             torch.Size(edit.shape).numel()
             for edit in plan.edits

@@ -11,8 +11,8 @@ import pytest
 
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
-    ("errors", "registry", "reload_worker", "runtimes"),
-    ("affine", "sites"),
+    ("errors", "registry", "reload_worker", "runtimes", "streaming"),
+    ("affine", "checks", "sites"),
     (
         "direction",
         "checkpoint",
@@ -21,14 +21,16 @@ LAYERS = (
         "rounding",
         "skeleton",
         "stages",
+        "workspace",
     ),
     ("architectures", "interventions", "estimators", "judges"),
     ("depth", "representations"),
     ("draft",),
     ("activations", "steering", "plan", "recipe"),
-    ("explain", "manifest"),
-    ("targets",),
-    ("comparison",),
+    ("explain", "originals"),
+    ("manifest", "contents", "tensors"),
+    ("targets", "audit"),
+    ("comparison", "unbake"),
     ("validate", "evaluate"),
     ("behaviour",),
     ("baked",),
@@ -41,7 +43,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 #: Run by path in a fresh process that must not know steer_bake.
-STANDALONE = ("reload_worker",)
+STANDALONE = ("reload_worker", "streaming")
 #: Data folders without code.
 DATA = ("prompt_sets",)
 

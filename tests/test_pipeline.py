@@ -195,6 +195,7 @@ def test_another_chat_template_of_the_base_makes_everything_stale(llama: Path, t
     assert not set(keys) & {Job(recipe, run).extract_key, Job(recipe, run).evaluate_key()}
 
 
+@pytest.mark.tampered
 def test_a_model_that_was_tampered_with_loses_its_certificate(home: Path, again: Path, llama: Path) -> None:
     biases = again / "model" / "model-00002-of-00002.safetensors"
     tensors = load_file(biases)

@@ -48,6 +48,14 @@ def test_every_leg_of_the_certificate_holds_on_a_real_model(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_a_real_model_is_validated_from_disk_with_the_same_figures() -> None:
+    done = python("scripts/bench_validate_stream", "--prompts", "10", "--decode-tokens", "8")
+    assert done.returncode == 0, done.stdout + done.stderr  # not 0 where a figure differs by more than 1e-6
+    verdicts = [line.split()[-1] for line in done.stdout.splitlines() if "stream" in line]
+    assert verdicts == ["yes", "yes"]
+
+
+@pytest.mark.slow
 def test_the_quickstart_steers_a_model_that_plain_transformers_loads(tmp_path: Path) -> None:
     done = python("-m", "steer_bake", "run", "recipes/quickstart.yaml", "-o", str(tmp_path / "run"), "--json")
     assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, pipeline
+from transformers import PretrainedConfig, PreTrainedModel, pipeline
 
 from steer_bake.affine import Affine
 from steer_bake.direction import Direction, unit

@@ -214,6 +214,7 @@ MUTATIONS: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
 }
 
 
+@pytest.mark.tampered
 @pytest.mark.parametrize("mutation", MUTATIONS)
 def test_the_certificate_fails_and_says_where(
     good: dict[str, Path], llama: Path, tied_llama: Path, tmp_path: Path, mutation: str

@@ -9,7 +9,8 @@ Untouched shards are linked, touched ones streamed, new tensors go into one extr
     header      the file format, read without trust
     remote      files that stay on the hub, read by ranges
     folder      Checkpoint: a validated folder
-    edit        Edit, and its arithmetic in bounded pieces
+    edit        Edit: what becomes of a tensor
+    pieces      its arithmetic, in bounded pieces
     publishing  complete at its path or not at all
     pipeline    the pieces on two cores
     carry       linked shards and the small files that go along
@@ -19,9 +20,10 @@ Untouched shards are linked, touched ones streamed, new tensors go into one extr
 from __future__ import annotations
 
 from .carry import CARRIED, FileRecord, goes_along
-from .edit import Diagonal, Edit, plain_rounding, recompute
+from .edit import Appended, Diagonal, Edit
 from .folder import CONFIG, INDEX, Checkpoint, check_complete
 from .header import TensorInfo
+from .pieces import recompute
 from .publishing import check_room, publish
 from .remote import RemoteFiles
 from .writing import check_no_weights, write_edited
@@ -30,6 +32,7 @@ __all__ = [
     "CARRIED",
     "CONFIG",
     "INDEX",
+    "Appended",
     "Checkpoint",
     "Diagonal",
     "Edit",
@@ -40,7 +43,6 @@ __all__ = [
     "check_no_weights",
     "check_room",
     "goes_along",
-    "plain_rounding",
     "publish",
     "recompute",
     "write_edited",

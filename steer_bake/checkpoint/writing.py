@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..rounding import round_into
 from .carry import FileRecord, carry, lfs_sha256, place, write_json
-from .edit import Edit, Rounding, Slab, check_edit, slabs
+from .edit import Edit, check_edit
 from .folder import CONFIG, INDEX, ONE_FILE, Checkpoint
 from .header import DTYPE_BITS, FLOATS, TensorInfo, pack_header
-from .pipeline import Copy, NewFile, split, write_files
+from .pieces import Block, Copy, Slab, pieces
+from .pipeline import NewFile, write_files
 from .publishing import cannot_write, check_room
 
 
@@ -27,7 +27,7 @@ def write_edited(
     config_changes: Mapping[str, Any],
     dtype: str | None = None,
     rename: Mapping[str, str] | None = None,
-    rounding: Rounding = round_into,
+    protect: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FileRecord]:
     """Fill the empty folder ``folder`` with ``base`` plus ``edits``: a whole checkpoint, with the base's other files.
@@ -39,7 +39,7 @@ def write_edited(
         dtype: store edited and new tensors in this dtype instead of their own; untouched ones stay as they are.
         rename: new names of tensors of the base (layers behind an inserted one); edits go by the new names, their
             sources by the old. Files without a renamed or edited tensor are linked.
-        rounding: how exact values become stored ones; the default keeps what an ablation removes removed.
+        protect: round such that errors cancel along what an edit removes; otherwise each element to nearest.
         progress: called with bytes (done, total).
 
     Returns:
@@ -61,7 +61,7 @@ def write_edited(
         for shard in shards:
             how = _place(base, shard, folder)
             if how is None:
-                new.append(shard.new_file(base, folder, rounding))
+                new.append(shard.new_file(base, folder, protect))
             else:
                 linked[shard.name] = how
         needed = sum(file.size for file in new)
@@ -77,13 +77,13 @@ def write_edited(
     return records
 
 
-def check_no_weights(base: Checkpoint, edits: Sequence[Edit]) -> None:
-    """Refuse ``edits`` that need more of ``base`` than its headers: all but tensors that are new and made from nothing.
+def check_no_weights(base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str]) -> None:
+    """Refuse what needs more of ``base`` than its headers: all but tensors that are new and made from nothing.
 
     Raises:
         CheckpointError: the message names the tensor and the file that would have to be downloaded.
     """
-    _check_untouched(base, _layout(base, edits, {}, None))
+    _check_untouched(base, _layout(base, edits, dict(rename), None))
 
 
 def _check_untouched(base: Checkpoint, shards: Sequence[_Shard]) -> None:
@@ -122,55 +122,42 @@ class _Shard:
     def untouched(self) -> bool:
         return bool(self.source) and self.header is None and not self.edits
 
-    def new_file(self, base: Checkpoint, folder: Path, rounding: Rounding) -> NewFile:
+    def new_file(self, base: Checkpoint, folder: Path, protect: bool) -> NewFile:
         header = self.header
         if header is None:
             with open(base.folder / self.source, "rb") as file:
                 header = file.read(base.headers[self.source].start)
         size = self.tensors[-1].end if self.tensors else len(header)
-        jobs = list(_merge_copies(self._jobs(base, rounding)))
-        return NewFile(folder / self.name, header, size, jobs, in_order=not self.source)
+        return NewFile(folder / self.name, header, size, list(_merge_copies(self._pieces(base, protect))))
 
-    def _jobs(self, base: Checkpoint, rounding: Rounding) -> Iterator[Copy | Slab]:
+    def _pieces(self, base: Checkpoint, protect: bool) -> Iterator[Copy | Slab | Block]:
         for info in self.tensors:
             edit = self.edits.get(info.name)
-            source = self.names.get(info.name) if edit is None else _copied(base, edit, info.dtype)
-            if source is not None:
-                found = base.tensors[source]
+            if edit is not None:
+                yield from pieces(base, edit, info.start, info.dtype, protect)
+            else:
+                found = base.tensors[self.names[info.name]]
                 yield Copy(base.folder / found.file, found.start, info.start, found.nbytes)
-            elif edit is not None:
-                yield from slabs(base, edit, info.start, info.dtype, rounding)
 
 
-def _copied(base: Checkpoint, edit: Edit, dtype: str) -> str | None:
-    """The tensor that ``edit`` copies byte by byte, if that is all it does (a head that is untied)."""
-    if edit.source is None or edit.affine.is_linear or edit.affine.has_shift:
-        return None
-    return edit.source if base.tensors[edit.source].dtype == dtype else None
-
-
-def _merge_copies(jobs: Iterator[Copy | Slab]) -> Iterator[Copy | Slab]:
+def _merge_copies(jobs: Iterator[Copy | Slab | Block]) -> Iterator[Copy | Slab | Block]:
     """Neighbouring copies as one, then cut to the size that suits the pipeline."""
     run: Copy | None = None
     for job in jobs:
-        if isinstance(job, Copy):
-            if run is not None and (run.path, run.source + run.size, run.target + run.size) == (
-                job.path,
-                job.source,
-                job.target,
-            ):
-                run = replace(run, size=run.size + job.size)
-                continue
-            if run is not None:
-                yield from split(run)
-            run = job
+        if isinstance(job, Copy) and run is not None and _follows(job, run):
+            run = replace(run, size=run.size + job.size)
             continue
         if run is not None:
-            yield from split(run)
-        run = None
-        yield job
+            yield from run.split()
+        run = job if isinstance(job, Copy) else None
+        if run is None:
+            yield job
     if run is not None:
-        yield from split(run)
+        yield from run.split()
+
+
+def _follows(job: Copy, run: Copy) -> bool:
+    return (job.path, job.source, job.target) == (run.path, run.source + run.size, run.target + run.size)
 
 
 def _layout(base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str], dtype: str | None) -> list[_Shard]:
@@ -215,13 +202,14 @@ def _shard(
     tensors = []
     for info in old.tensors:
         edit = edited.get(new_names[info.name])
-        if edit is not None and edit.shape != info.shape:
+        if edit is None:
+            tensors.append(replace(info, name=new_names[info.name]))
+            continue
+        if edit.old_shape != info.shape:
             raise CheckpointError(
-                f"{info.name!r} is {list(info.shape)} in the base, not {list(edit.shape)}; plan again for this base"
+                f"{info.name!r} is {list(info.shape)} in the base, not {list(edit.old_shape)}; plan again for this base"
             )
-        tensors.append(
-            replace(info, name=new_names[info.name], dtype=info.dtype if edit is None else dtype or edit.dtype)
-        )
+        tensors.append(replace(info, name=edit.tensor, dtype=dtype or edit.dtype, shape=edit.shape))
     header = None
     if tensors != list(old.tensors):
         if [info.dtype for info in tensors] != [info.dtype for info in old.tensors]:

@@ -140,7 +140,8 @@ class Base:
 
     def new(self, tensor: str, shape: tuple[int, ...], affine: Affine | None = None) -> Edit:
         """A tensor that the base has not: zeros, shifted by ``affine`` along the last axis."""
-        return Edit(tensor, shape, self.checkpoint.storage_dtype, affine or Affine.identity(shape[-1]), len(shape) - 1)
+        none = Affine.identity(shape[-1] if shape else 1)
+        return Edit(tensor, shape, self.checkpoint.storage_dtype, affine or none, max(0, len(shape) - 1))
 
     # --- what the class would want
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import manifest
+from .. import manifest, originals
 from ..checkpoint import Checkpoint, publish, write_edited
 from ..errors import CheckpointError
 from ..models import ModelRef
@@ -43,5 +43,6 @@ def checkpoint(
         records = write_edited(
             base, plan.edits, folder, config_changes=plan.config_changes, rename=plan.rename, progress=progress
         )
-        manifest.write(folder, plan, ref, records, recipe=recipe, stacked_on=before)
+        kept = originals.keep(base, plan.edits, records, plan.rename)
+        manifest.write(folder, plan, ref, records, kept, recipe=recipe, stacked_on=before)
     return out
