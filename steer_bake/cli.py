@@ -221,6 +221,32 @@ def plan(
     display.plan(job.plan() if extracted else job.plan_sketch(), as_json, sketch=not extracted)
 
 
+@main.command(short_help="Show what a model can hold, how, and where it loads.")
+@click.argument("model")
+@click.option("--site", "sites", multiple=True, help="Only this site (resid_post.14, writes, ...); may be repeated.")
+@_json
+def explain(model: str, sites: tuple[str, ...], as_json: bool) -> None:
+    """Show what MODEL can hold: every site and operation with its exact representations, what they cost and where they
+    load, or why it is refused. Of a hub model the config is enough.
+
+    MODEL is a hub id with optional @revision, a folder, a packaged name, or a bare model type.
+
+    \b
+    Examples:
+      steer-bake explain gemma2
+      steer-bake explain smollm2-135m --site resid_post.14 --site writes
+      steer-bake explain org/name --json
+    """
+    from .explain import explain as look
+
+    with progress("asking the class") as advance:
+        found = look(model, sites, progress=advance)
+    if as_json:
+        display.as_json(found.as_json())
+    else:
+        display.explanation(found)
+
+
 @main.command(short_help="Fold one intervention into a copy of a model.")
 @click.argument("model")
 @_vector_options

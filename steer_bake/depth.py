@@ -59,7 +59,8 @@ def _has(layout: Layout, layer: int, name: str) -> bool:
 def _fields(text: PretrainedConfig) -> dict[str, Any]:
     found = text.to_dict()
     for name in ("layer_types", "mlp_layer_types"):  # some classes work them out and do not write them
-        if name not in found and getattr(text, name, None) is not None:
+        derived = isinstance(getattr(type(text), name, None), property)  # it follows from the number of layers
+        if name not in found and not derived and getattr(text, name, None) is not None:
             found[name] = list(getattr(text, name))
     return found
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .direction import Direction
+    from .explain import Explanation
     from .plan import Plan
     from .unbake import Step
 
@@ -69,6 +72,75 @@ def plan(found: Plan, json_wanted: bool, *, sketch: bool = False) -> None:
     click.echo(f"{len(content['edits'])} tensors: {new} new, {len(content['edits']) - new} edited")
     for key, value in content["config_changes"].items():
         click.echo(f"config.json: {key} = {json.dumps(value)}")
+
+
+def explanation(found: Explanation) -> None:
+    """What a model can hold: one table of what is offered, one line for each refusal."""
+    from .runtimes import runtimes
+
+    read = "its tensors' headers" if found.read == "headers" else "its config alone"
+    click.echo(f"{found.model}: {found.model_type}, {found.layers} layers, width {found.width}, from {read}")
+    click.echo(f"{_short(found.parameters)} parameters")
+    for key, value in found.layout.items():
+        click.echo(f"{key}: {(', '.join(value) or '-') if isinstance(value, list) else value}")
+    if found.note:
+        click.echo(found.note)
+        return
+    rows: list[tuple[str | Text, ...]] = []
+    for row in found.rows:
+        for number, one in enumerate(row.options):
+            share = f"{100 * one.share:.1f} %" if one.share >= 0.001 else "< 0.1 %"
+            marks = "".join(mark for prefer, mark in _MARKS.items() if prefer in one.preferred_by)
+            rows.append(
+                (
+                    "" if number else f"{row.operation} {row.sites}",
+                    one.representation.replace("embedding_rows", "embedding"),
+                    marks,
+                    f"{_short(one.parameters)}  {share}" if one.parameters else "0",
+                    str(one.layers or ""),
+                    *map(_known, one.loads.values()),
+                )
+            )
+    loads = [{"transformers": "HF"}.get(one.name, one.name) for one in runtimes()]
+    table = _table(["", "held by", "", "new parameters", "layers", *loads], rows)
+    table.collapse_padding = True
+    for column in table.columns:
+        column.no_wrap = True
+    _print(table)
+    click.echo("* default (prefer: smallest), b prefer: bit_exact, w prefer: widest_loading; HF is transformers")
+    changed: dict[str, set[str]] = {}
+    for option in (one for row in found.rows for one in row.options if " + " not in one.representation):
+        changed.setdefault(option.representation, set()).update(option.config_changes)
+    for name, keys in changed.items():
+        if keys:
+            click.echo(f"config.json: {name} sets {', '.join(sorted(keys))}")
+    why: dict[str, list[str]] = {}
+    for row in found.rows:
+        if not row.options:
+            why.setdefault(_first_sentence("; ".join(row.refused.values())), []).append(f"{row.operation} {row.sites}")
+    for sentence, refused in why.items():
+        click.echo(textwrap.fill(f"refused: {', '.join(refused)}: {sentence}", _width(), subsequent_indent="  "))
+
+
+_MARKS = {"smallest": "*", "bit_exact": "b", "widest_loading": "w"}
+
+
+def _known(answer: bool | None) -> Text:
+    if answer is None:
+        return Text("?", style="dim")
+    return Text("yes", style="green") if answer else Text("no", style="red")
+
+
+def _short(count: int) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def _first_sentence(reason: str) -> str:
+    """The beginning of a refusal, without the site it is about."""
+    return re.split(r"[.;:] ", re.sub(r"^(\w+ at )?\w+\.\d+: ", "", reason), maxsplit=1)[0]
 
 
 def directions(found: Sequence[Direction]) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from .checkpoint import Edit
 from .depth import deepened
 from .errors import NotFoldable
 from .representations import KEPT, NEW, Base, Constant, Extra, Holding
+from .skeleton import Skeleton
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Draft:
         """How many parameters ``holding`` would add to the model."""
         known = self.base.checkpoint.tensors
         new = {edit.tensor: edit.shape for edit in holding.edits if edit.tensor not in known}
-        for name, shape in (self.base.unlocked(holding.config_changes) or {}).items():
+        for name, shape in _created(self.base, holding.config_changes).items():
             new.setdefault(self.base.on_disk(name), shape)
         return sum(math.prod(shape) for name, shape in new.items() if name not in self.edits)
 
@@ -107,6 +110,18 @@ class Draft:
         halves = {extra.like: numbers[mark] for extra, mark in self.extras if extra.moved}
         moved = tuple((numbers[str(old)], halves.get(old, numbers[str(old)])) for old in range(base.layers))
         return edits, self.config_changes, constants, rename, moved
+
+
+#: What config changes create, by base: plans ask it of the same few changes for every piece.
+_known: WeakKeyDictionary[Base, dict[str, Skeleton]] = WeakKeyDictionary()
+
+
+def _created(base: Base, changes: Mapping[str, Any]) -> Skeleton:
+    known = _known.setdefault(base, {})
+    key = json.dumps(changes, sort_keys=True)
+    if key not in known:
+        known[key] = (base.unlocked(changes) or {}) if changes else {}
+    return known[key]
 
 
 def merge(into: dict[str, Any], changes: Mapping[str, Any]) -> None:

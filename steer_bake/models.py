@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
@@ -138,6 +138,20 @@ def open_remote(name: str, *, progress: Progress | None = None) -> tuple[ModelRe
         raise _not_there(hub_id, revision, "the hub did not give it", error) from error
     ref = _small_files(remote, [CONFIG, INDEX, "steering.json", *filter(_goes_along, remote.sizes)])
     return ref, Checkpoint.open(ref.folder, remote, progress)
+
+
+def read_config(name: str) -> dict[str, Any] | None:
+    """The config.json of a folder or of a hub model, and nothing else of it; None where there is none to be had."""
+    try:
+        if name and Path(name).expanduser().is_dir():
+            path = Path(name).expanduser() / CONFIG
+        else:
+            hub_id, revision = _hub_name(name)
+            path = Path(hf_hub_download(hub_id, CONFIG, revision=revision, tqdm_class=_reporter(None)))
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except Exception:  # the hub client raises a dozen unrelated types
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _is_here(name: str) -> bool:

@@ -139,35 +139,63 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
         raise RecipeError(f"unknown preference {prefer!r}: {did_you_mean(prefer, PREFERENCES)}")
     view = Base(base, architectures.layout(base.config))
     ordered = in_forward_order(interventions)
-    if not ordered:
-        raise RecipeError("there is no intervention to bake")
-    reaching: dict[_Where, list[tuple[Intervention, Affine]]] = {}
-    for intervention in ordered:
-        _check_fits(intervention, view)
-        for where, affine in _placed(intervention, view):
-            if not affine.is_identity:
-                reaching.setdefault(where, []).append((intervention, affine))
-
-    draft = Draft(view)
-    decisions = []
-    for where, found in reaching.items():
-        because = tuple(f"{one.name} at {one.site}" for one, _ in found)
-        affine = compose((affine for _, affine in found), view.layout.width)
-        for piece in _pieces(where, affine, view):
-            options = held(piece, view)
-            sizes = {name: draft.size(holding) for name, holding in options.items()}
-            name = min(options, key=lambda one: PREFERENCES[prefer](sizes[one], options[one]))
-            others = tuple(one for one in options if one != name)
-            holding = options[name]
-            layers = int(holding.extra is not None)
-            decisions.append(Decision(str(where), piece.part, name, because, sizes[name], layers, others, holding.note))
-            draft.add(holding)
+    draft, decisions = choose(offers(view, ordered), view, prefer)
     draft.complete()
     edits, config_changes, constants, rename, moved = draft.numbered()
     return Plan(
         str(base.config["model_type"]), tuple(ordered), tuple(decisions), edits, config_changes, prefer, constants,
         rename, moved,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """One piece of one write that must change, and every representation that would hold it exactly."""
+
+    write: str  # "embedding", "attention.3", "mlp.14"
+    because: tuple[str, ...]  # "add at resid_post.14"
+    piece: Piece
+    options: Mapping[str, Holding]
+    refused: Mapping[str, str]  # why other representations that are for such pieces do not hold it
+
+
+def offers(base: Base, ordered: Iterable[Intervention]) -> list[Offer]:
+    """All pieces that ``ordered`` interventions ask for, with what holds each (raises as :func:`make_plan` does)."""
+    reaching: dict[_Where, list[tuple[Intervention, Affine]]] = {}
+    ordered = list(ordered)
+    if not ordered:
+        raise RecipeError("there is no intervention to bake")
+    for intervention in ordered:
+        _check_fits(intervention, base)
+        for where, affine in _placed(intervention, base):
+            if not affine.is_identity:
+                reaching.setdefault(where, []).append((intervention, affine))
+    representations = registry.load_all("representations")
+    return [
+        Offer(str(where), tuple(f"{one.name} at {one.site}" for one, _ in found), piece, *tried)
+        for where, found in reaching.items()
+        for piece in _pieces(where, compose((affine for _, affine in found), base.layout.width), base)
+        for tried in [_tried(piece, base, representations)]
+    ]
+
+
+def choose(found: Iterable[Offer], base: Base, prefer: str, only: str = "") -> tuple[Draft, list[Decision]]:
+    """The representation of every offer, the first in the order of ``prefer``, or ``only`` wherever it is offered.
+
+    The answer is what they amount to (neither completed nor numbered), and the decisions.
+    """
+    draft, decisions = Draft(base), []
+    for offer in found:
+        sizes = {name: draft.size(holding) for name, holding in offer.options.items()}
+        ranks = {name: PREFERENCES[prefer](sizes[name], holding) for name, holding in offer.options.items()}
+        name = only if only in offer.options else min(ranks, key=ranks.__getitem__)
+        others = tuple(one for one in offer.options if one != name)
+        holding = offer.options[name]
+        layers = int(holding.extra is not None)
+        part = offer.piece.part
+        decisions.append(Decision(offer.write, part, name, offer.because, sizes[name], layers, others, holding.note))
+        draft.add(holding)
+    return draft, decisions
 
 
 @dataclass(frozen=True)
@@ -261,19 +289,27 @@ def held(piece: Piece, base: Base) -> dict[str, Holding]:
     Raises:
         NotFoldable: none does; the message has the reason of each.
     """
-    reasons, found = [], {}
-    for name, representation in registry.load_all("representations").items():
+    return _tried(piece, base, registry.load_all("representations"))[0]
+
+
+def _tried(
+    piece: Piece, base: Base, representations: Mapping[str, Callable[[Piece, Base], Holding | None]]
+) -> tuple[dict[str, Holding], dict[str, str]]:
+    """:func:`held`, and by name why the other representations do not hold it."""
+    reasons, found = {}, {}
+    for name, representation in representations.items():
         try:
             holding = representation(piece, base)
         except NotFoldable as reason:
-            reasons.append(str(reason))
+            reasons[name] = str(reason)
             continue
         if holding is not None:
             found[name] = holding
     if not found:
         works = "; ablation at 'writes' or 'writers' works, and so does 'resid_pre.0'" if piece.part == "shift" else ""
-        raise NotFoldable(("; ".join(reasons) or f"no representation holds the {piece.part} at {piece.site}") + works)
-    return found
+        why = "; ".join(reasons.values()) or f"no representation holds the {piece.part} at {piece.site}"
+        raise NotFoldable(why + works)
+    return found, reasons
 
 
 def _change(edit: Edit) -> str:

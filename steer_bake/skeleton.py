@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
@@ -59,18 +59,41 @@ def _merge(fields: dict[str, Any], changes: Mapping[str, Any]) -> None:
             fields[key] = value
 
 
-def _built(config: PretrainedConfig) -> tuple[Skeleton, bool]:
+def stored(config: PretrainedConfig) -> Skeleton:
+    """Shape by name of what ``save_pretrained`` writes: names on disk, where experts are apart, and no tied copies.
+
+    Raises:
+        CheckpointError: as :func:`skeleton` does.
+    """
+    from transformers.core_model_loading import revert_weight_conversion  # as heavy as all of transformers' models
+
+    model = _on_meta(config)
+    ignored = set(model._keys_to_ignore_on_save or ())
+    kept: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name not in ignored and name not in model.all_tied_weights_keys:
+            kept.setdefault(id(tensor), (name, tensor))
+    saved = revert_weight_conversion(model, dict(kept.values()))
+    return {name: tuple(tensor.shape) for name, tensor in saved.items()}
+
+
+def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
     except Exception as error:  # a class rejects a config in any way it likes
         raise CheckpointError(
             f"transformers builds no causal language model from this {config.model_type} config: {error}"
         ) from error
     finally:
         logging.set_verbosity(level)
+    return model
+
+
+def _built(config: PretrainedConfig) -> tuple[Skeleton, bool]:
+    model = _on_meta(config)
     saved = model.state_dict(keep_vars=True)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and table is not None and head.weight is table.weight

@@ -34,10 +34,10 @@ def steer(model: PreTrainedModel, interventions: Iterable[Intervention]) -> Iter
     while a baked embedding table is not asked. What torch.compile has seen is compiled anew inside and after the block.
 
     Raises:
-        UnknownArchitecture: no file in architectures/ claims the model's type.
+        UnknownArchitecture: no file in architectures/ claims the type, and its layers show no stream when tried.
         RecipeError: a vector's width or a layer does not fit the model.
     """
-    layout = architectures.layout(model.config)
+    layout = architectures.layout_of(model)
     with ExitStack() as stack:
         _forget_compiled()
         stack.callback(_forget_compiled)
@@ -89,8 +89,9 @@ def _hooks(
             continue
         if not 0 <= layer < layout.layers:
             raise RecipeError(f"site {intervention.site}: this model has layers 0 to {layout.layers - 1}")
-        written, whole = _written(model, layout, layer), at(submodule(model, layout.layer(layer)))
+        whole = at(submodule(model, layout.layer(layer)))
         wanted = {"attn_out": "attention", "resid_mid": "attention", "mlp_out": "mlp"}.get(point)
+        written = _written(model, layout, layer) if wanted else []
         if wanted and (wanted not in written or (point == "resid_mid" and (layout.parallel or len(written) < 2))):
             raise RecipeError(f"there is no {intervention.site} in this model: its layer has no such write or middle")
         if point == "resid_pre":

@@ -44,6 +44,8 @@ def hub(llama: Path, tied_llama: Path, tmp_path_factory: pytest.TempPathFactory)
         (root / "org" / name / "LICENSE").write_text("take it")
         (root / "org" / name / "USE_POLICY.md").write_text("be good")
     tiny.save_llama(root / "org" / "biased", biased=True)
+    (root / "org" / "bare").mkdir()
+    shutil.copy(llama / "config.json", root / "org" / "bare")
     big(root / "org" / "big")
     with LocalHub(root) as hub:
         hub.tokens["org/private"] = TOKEN
@@ -145,6 +147,17 @@ def test_a_plan_by_ranges_is_the_plan_of_the_folder(hub: LocalHub, client: Clien
     commit = hub.commit(f"org/{name}")
     assert fine(client("plan", f"org/{name}@{commit}", *wish)).stdout == local.stdout
     assert not hub.requests(r"/tokenizer"), "a plan needs no tokenizer"
+
+
+def test_explaining_reads_headers_and_where_there_are_none_the_config(hub: LocalHub, client: Client) -> None:
+    said = {name: json.loads(fine(client("explain", f"org/{name}", "--json")).stdout) for name in ("one", "bare")}
+    assert [found.pop("read") for found in said.values()] == ["headers", "config"]
+    assert [found.pop("model") for found in said.values()] == ["org/one", "org/bare"]
+    assert said["one"] == said["bare"]
+    assert hub.sent() < 100_000
+    fine(client("explain", "org/big", "--site", "resid_post.3"))
+    assert hub.sent() < 1_000_000
+    assert "no model 'org/nothing'" in sentence(client("explain", "org/nothing"))
 
 
 def test_a_dry_run_downloads_no_weights(hub: LocalHub, client: Client, vector: Path, tmp_path: Path) -> None:

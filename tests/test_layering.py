@@ -11,7 +11,7 @@ import pytest
 
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
-    ("errors", "registry", "reload_worker", "streaming"),
+    ("errors", "registry", "reload_worker", "runtimes", "streaming"),
     ("affine", "checks", "sites"),
     (
         "direction",
@@ -27,7 +27,7 @@ LAYERS = (
     ("depth", "representations"),
     ("draft",),
     ("activations", "steering", "plan", "recipe"),
-    ("originals",),
+    ("explain", "originals"),
     ("manifest", "contents", "tensors"),
     ("targets", "audit"),
     ("comparison", "unbake"),

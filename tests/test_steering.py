@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel, pipeline
+from transformers import PretrainedConfig, PreTrainedModel, pipeline
 
 from steer_bake.affine import Affine
 from steer_bake.direction import Direction, unit
@@ -184,7 +184,7 @@ def test_a_vector_of_another_width_is_refused(model: PreTrainedModel) -> None:
 
 def test_a_model_of_an_unknown_type_is_refused(model: PreTrainedModel) -> None:
     class Other(torch.nn.Module):
-        config = type("Config", (), {"to_dict": lambda self: {"model_type": "unheard_of"}})()
+        config = type("Config", (PretrainedConfig,), {"model_type": "unheard_of"})()
 
     with pytest.raises(UnknownArchitecture, match="unheard_of"), steer(Other(), []):  # type: ignore[arg-type]
         pass

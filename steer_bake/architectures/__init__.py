@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from .. import registry
 from ..errors import CheckpointError, UnknownArchitecture
@@ -202,10 +203,43 @@ def layout(config: Mapping[str, Any] | PretrainedConfig) -> Layout:
                 found, path = inner, (name,)
     if found.model_type not in known:
         raise UnknownArchitecture(
-            f"model type {parsed.model_type!r} is not described in architectures/; known: {', '.join(sorted(known))}. "
-            "Add a file there, or choose a model of a known type"
+            f"model type {parsed.model_type!r} is not described in architectures/: it can be read and steered with "
+            "hooks, and is never baked. Add a file there, or choose a model of a known type: "
+            f"{', '.join(sorted(known))}"
         )
     return Layout(known[found.model_type], parsed, path)
+
+
+def layout_tried(config: PretrainedConfig) -> Layout:
+    """What shows when the layers of a small random model of this config's class are tried; for reading only.
+
+    Raises:
+        UnknownArchitecture: no small model can be built, or no stream through a stack of layers was found.
+    """
+    from ._probing import probed, small  # which need what is defined here
+
+    return probed(small(config))
+
+
+_probed: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
+
+
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The layout of ``model`` for hooks: the described one, or else what shows when its layers are tried.
+
+    Raises:
+        UnknownArchitecture: its type is not described, and no stream through a stack of layers was found.
+    """
+    try:
+        return layout(model.config)
+    except UnknownArchitecture:
+        if not isinstance(model, PreTrainedModel):
+            raise
+    from ._probing import probed  # as above
+
+    if model not in _probed:
+        _probed[model] = probed(model)
+    return _probed[model]
 
 
 def claimed() -> dict[str, Architecture]:

@@ -1,0 +1,154 @@
+"""``explain``: what a model can hold, from its config alone, is what a plan of the real checkpoint says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+
+from steer_bake.checkpoint import Checkpoint
+from steer_bake.cli import main
+from steer_bake.direction import Direction
+from steer_bake.errors import CheckpointError, NotFoldable, RecipeError
+from steer_bake.explain import NEVER_BAKED, Explanation, Row, explain
+from steer_bake.interventions import intervene
+from steer_bake.plan import make_plan
+from steer_bake.sites import parse_sites
+from steer_bake.skeleton import stored
+
+from . import zoo
+
+
+def row(found: Explanation, sites: str, operation: str) -> Row:
+    return next(one for one in found.rows if (one.sites, one.operation) == (sites, operation))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gemma2", "mixtral", "qwen3_moe", "deepseek_v3", "bert"])
+def test_the_class_says_what_a_saved_checkpoint_holds(model_type: str, tmp_path: Path) -> None:
+    model = zoo.save(model_type, tmp_path)
+    [file] = tmp_path.glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        real = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    assert stored(model.config) == real
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt2", "gemma2", "mixtral", "mamba", "bert"])
+def test_config_alone_says_the_same_as_the_headers(model_type: str, tmp_path: Path) -> None:
+    zoo.save(model_type, tmp_path / "whole")
+    (tmp_path / "config").mkdir()
+    shutil.copy(tmp_path / "whole" / "config.json", tmp_path / "config")
+    whole, config = (explain(str(tmp_path / name)) for name in ("whole", "config"))
+    assert (whole.read, config.read) == ("headers", "config")
+    assert config.as_json() | {"model": whole.model, "read": whole.read} == whole.as_json()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mamba"])
+@pytest.mark.parametrize("prefer", ["smallest", "bit_exact", "widest_loading", "keep_class"])
+def test_what_is_preferred_is_what_a_plan_takes(model_type: str, prefer: str, tmp_path: Path) -> None:
+    zoo.save(model_type, tmp_path)
+    base = Checkpoint.open(tmp_path)
+    vector = Direction(torch.nn.functional.normalize(torch.ones(zoo.WIDTH), dim=0), None)
+    for one in explain(str(tmp_path)).rows:
+        try:
+            asked = [intervene(one.operation, vector, site) for site in parse_sites(one.sites, zoo.LAYERS)]
+            plan = make_plan(base, asked, prefer)
+        except (NotFoldable, RecipeError):
+            assert not any(prefer in option.preferred_by for option in one.options)
+            continue
+        [option] = [option for option in one.options if prefer in option.preferred_by]
+        assert option.representation == " + ".join(dict.fromkeys(d.representation for d in plan.decisions))
+        assert option.config_changes == plan.config_changes
+        assert option.layers == plan.layers_after(zoo.LAYERS) - zoo.LAYERS
+        assert option.parameters == sum(
+            torch.Size(edit.shape).numel()
+            for edit in plan.edits
+            if edit.tensor not in base.tensors or edit.source is None
+        )
+
+
+def test_a_bare_type_is_explained_with_all_sites_and_operations() -> None:
+    found = explain("gpt2")
+    assert (found.model_type, found.read, found.described, found.layers) == ("gpt2", "config", True, 12)
+    assert {one.sites for one in found.rows} == {
+        *("resid_post.6", "resid_post", "resid_mid.6", "attn_out.6", "mlp_out.6", "resid_pre.0", "writers", "writes")
+    }
+    assert row(found, "resid_post.6", "add").options[0].parameters == 0  # it has the bias
+    assert {one.operation for one in found.rows if one.sites == "writes"} == {"ablate", "clamp"}
+    assert "in the middle of the model" in row(found, "resid_post.6", "ablate").refused[""]
+
+
+def test_a_post_norm_family_takes_a_layer_and_llama_cpp_cannot_load_it() -> None:
+    option = row(explain("gemma2", ["resid_post.3"]), "resid_post.3", "add").options[0]
+    assert (option.representation, option.layers) == ("carrier", 1)
+    assert "layers" in option.needs
+    assert dict(option.loads) == {"transformers": True, "vllm": True, "llama.cpp": False, "mlx": False}
+
+
+def test_what_a_flag_unlocks_is_asked_of_every_loader() -> None:
+    options = {
+        one.representation: one for one in row(explain("llama", ["resid_post.3"]), "resid_post.3", "add").options
+    }
+    assert options["bias"].needs == ("mlp_input_bias", "mlp_output_bias")
+    assert options["squares"].needs == ("layers",)
+    assert "bias" in row(explain("mixtral", ["mlp_out.3"]), "mlp_out.3", "add").refused
+
+
+def test_experts_have_their_names_on_disk() -> None:
+    assert row(explain("mixtral", ["mlp_out.3"]), "mlp_out.3", "ablate").options[0].representation == "rank_one"
+
+
+def test_a_type_that_nobody_describes_is_never_baked() -> None:
+    found = explain("rwkv")
+    assert (found.described, found.rows, found.note) == (False, (), NEVER_BAKED)
+    assert found.layout == {
+        "stack": "rwkv.blocks", "attention": ["attention"], "mlp": ["feed_forward"], "parallel": False,
+    }  # fmt: skip
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="no model 'llamma'"):
+        explain("llamma")
+    with pytest.raises(RecipeError, match="layers 0 to 11"):
+        explain("gpt2", ["resid_post.12"])
+
+
+def test_a_damaged_checkpoint_is_not_explained_by_its_config(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"no header")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        explain(str(tmp_path))
+
+
+def test_the_json_has_a_stable_shape() -> None:
+    done = CliRunner().invoke(main, ["explain", "gpt2", "--site", "resid_pre.0", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert list(found) == [
+        *("model", "model_type", "read", "described", "parameters", "layers", "width", "layout", "note", "rows")
+    ]
+    assert list(found["rows"][0]) == ["sites", "operation", "options", "refused"]
+    assert list(found["rows"][0]["options"][0]) == [
+        *("representation", "default", "preferred_by", "parameters", "share", "layers", "bit_exact", "demands"),
+        *("config_changes", "needs", "loads", "note"),
+    ]
+    assert sum(option["default"] for option in found["rows"][0]["options"]) == 1
+
+
+def test_the_table_has_defaults_costs_runtimes_and_refusals() -> None:
+    done = CliRunner().invoke(main, ["explain", "gemma2", "--site", "resid_post.3", "--site", "resid_pre.0"])
+    assert done.exit_code == 0, done.output
+    assert "gemma2, 26 layers, width 2304, from its config alone" in done.stdout
+    assert "llama.cpp" in done.stdout
+    assert "refused: ablate resid_post.3, clamp resid_post.3: a projection" in done.stdout
+    [line] = [line for line in done.stdout.splitlines() if line.strip().startswith("add resid_post.3")]
+    assert line.split() == ["add", "resid_post.3", "carrier", "*bw", "78M", "3.0", "%", "1", "yes", "yes", "no", "no"]
+
+
+def test_help_has_examples() -> None:
+    text = CliRunner().invoke(main, ["explain", "--help"]).output
+    assert "steer-bake explain gemma2" in text
