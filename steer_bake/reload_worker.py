@@ -79,7 +79,8 @@ def readings(
     real = mask.bool()
 
     def read(index: int, h: Tensor) -> None:
-        wide = h.reshape(*real.shape, -1)[real].double().cpu()  # some layers flatten batch and sequence
+        # Some layers flatten batch and sequence, and some models put tokens of their own before the prompt.
+        wide = h.reshape(len(real), -1, len(along))[:, -real.shape[1] :][real].double().cpu()
         off = (wide @ along.double() - torch.tensor(probes[index]["expected"], dtype=torch.float64)).abs()
         found[index] = torch.maximum(found[index], (off / wide.norm(dim=-1, keepdim=True)).amax(0).float())
 

@@ -85,6 +85,7 @@ NO_EFFECT: dict[str, str] = {
     r"\.mask_emb$|\.r_s_bias$|\.seg_embed$": "xlnet without permutation mask or segments",
 }
 TYPES: tuple[str, ...] = tuple(sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(UNBUILDABLE)))
+ALL = TYPES
 
 LAYER_COUNTS = (
     *("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"),

@@ -140,6 +140,11 @@ class Base:
 
     def new(self, tensor: str, shape: tuple[int, ...], affine: Affine | None = None) -> Edit:
         """A tensor that the base has not: zeros, shifted by ``affine`` along the last axis."""
+        if not shape:
+            raise NotFoldable(
+                f"an additional layer of a {self.layout.model_type} model would need new tensors without dimensions "
+                f"({tensor.rpartition('.')[2]}), which are not written"
+            )
         return Edit(tensor, shape, self.checkpoint.storage_dtype, affine or Affine.identity(shape[-1]), len(shape) - 1)
 
     # --- what the class would want
