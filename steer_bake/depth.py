@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from .architectures import Layout
 from .errors import NotFoldable
-from .skeleton import changed, skeleton
+from .skeleton import changed
 
 #: Config attributes whose value is a number of leading layers, or a layer's number.
 _THRESHOLDS = (
@@ -41,6 +41,8 @@ def deepened(layout: Layout, order: Sequence[int]) -> dict[str, Any]:
             values[name] = [new for new, old in enumerate(order) if old in value]
         elif isinstance(value, list) and len(value) == layers:
             values[name] = [value[old] for old in order]
+        elif name == "per_layer_config" and value:
+            values[name] = _per_layer(text, value, order)
         elif name in _THRESHOLDS and isinstance(value, int) and 0 < value < layers:
             values[name] = sum(old < value for old in order)
     if hasattr(text, "decoder_sparse_step") and hasattr(text, "mlp_only_layers"):  # a period: listed one by one
@@ -51,13 +53,22 @@ def deepened(layout: Layout, order: Sequence[int]) -> dict[str, Any]:
     return changes
 
 
+def _per_layer(text: PretrainedConfig, found: dict[Any, Any], order: Sequence[int]) -> dict[str, Any]:
+    """What single layers have otherwise than the rest, by their number: spelled out for all of them."""
+    different = {str(key): dict(value) for key, value in found.items()}
+    names = {name for value in different.values() for name in value}
+    usual = {name: getattr(text, name) for name in sorted(names)}
+    return {str(new): {**usual, **different.get(str(old), {})} for new, old in enumerate(order)}
+
+
 def _has(layout: Layout, layer: int, name: str) -> bool:
     start = f"{layout.layer(layer)}."
-    return any(key.startswith(start) and f".{name}." in key for key in skeleton(layout.parsed))
+    return any(key.startswith(start) and f".{name}." in key for key in layout.skeleton)
 
 
 def _fields(text: PretrainedConfig) -> dict[str, Any]:
     found = text.to_dict()
+    found = {name: value for name, value in found.items() if not isinstance(getattr(type(text), name, None), property)}
     for name in ("layer_types", "mlp_layer_types"):  # some classes work them out and do not write them
         if name not in found and getattr(text, name, None) is not None:
             found[name] = list(getattr(text, name))
@@ -68,7 +79,7 @@ def _check(layout: Layout, changes: dict[str, Any], order: Sequence[int]) -> Non
     name = layout.model_type
     try:
         deeper = changed(layout.parsed, changes)
-        before, after = skeleton(layout.parsed), skeleton(deeper)
+        before, after = layout.skeleton, layout.skeleton_of(deeper)
     except Exception as error:  # a config class validates in its own way
         raise NotFoldable(f"the {name} class takes no additional layer: {error}") from error
     stack = layout.architecture.stack
@@ -83,7 +94,7 @@ def _check(layout: Layout, changes: dict[str, Any], order: Sequence[int]) -> Non
     old_text, new_text = layout.text, deeper
     for key in layout.path:
         new_text = getattr(new_text, key)
-    for kind in ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers"):
+    for kind in ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types"):
         old_kinds, new_kinds = getattr(old_text, kind, None), getattr(new_text, kind, None)
         if isinstance(old_kinds, list) and len(old_kinds) == layout.layers:
             wrong += [old for new, old in enumerate(order) if new_kinds is None or new_kinds[new] != old_kinds[old]]

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # this file lives inside a package whose module name
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -92,7 +92,7 @@ def readings(
 
     with ExitStack() as stack:
         for index, probe in enumerate(probes):
-            module = model.get_submodule(probe["module"])
+            module = _module(model, probe["module"])
             if probe["side"] == "input":
                 handle = module.register_forward_pre_hook(pre_hook(index), with_kwargs=True)
             else:
@@ -100,6 +100,15 @@ def readings(
             stack.callback(handle.remove)
         logits(model, rows, pad_id)
     return found
+
+
+def _module(model: PreTrainedModel, path: str) -> nn.Module:
+    """The module at ``path``, also where it is that of the text decoder inside a multimodal model."""
+    root, _, bare = path.partition(".")
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return model.get_submodule(f"{root}.language_model.{bare}")
 
 
 def measure(model: PreTrainedModel, job: dict[str, Any], along: Tensor, out: Path, *, whole: bool) -> None:
