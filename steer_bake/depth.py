@@ -36,13 +36,14 @@ def deepened(layout: Layout, order: Sequence[int]) -> dict[str, Any]:
     """
     text, layers = layout.text, layout.layers
     values: dict[str, Any] = {"num_hidden_layers": len(order)}
-    for name, value in _fields(text).items():
+    fields = _fields(text)
+    for name, value in fields.items():
         if name in _NUMBERS and isinstance(value, list):
             values[name] = [new for new, old in enumerate(order) if old in value]
         elif isinstance(value, list) and len(value) == layers:
             values[name] = [value[old] for old in order]
         elif name == "per_layer_config" and value:
-            values[name] = _per_layer(text, value, order)
+            values[name] = _per_layer(fields, value, order)
         elif name in _THRESHOLDS and isinstance(value, int) and 0 < value < layers:
             values[name] = sum(old < value for old in order)
     if hasattr(text, "decoder_sparse_step") and hasattr(text, "mlp_only_layers"):  # a period: listed one by one
@@ -53,11 +54,11 @@ def deepened(layout: Layout, order: Sequence[int]) -> dict[str, Any]:
     return changes
 
 
-def _per_layer(text: PretrainedConfig, found: dict[Any, Any], order: Sequence[int]) -> dict[str, Any]:
+def _per_layer(fields: dict[str, Any], found: dict[Any, Any], order: Sequence[int]) -> dict[str, Any]:
     """What single layers have otherwise than the rest, by their number: spelled out for all of them."""
     different = {str(key): dict(value) for key, value in found.items()}
     names = {name for value in different.values() for name in value}
-    usual = {name: getattr(text, name) for name in sorted(names)}
+    usual = {name: fields[name] for name in sorted(names)}
     return {str(new): {**usual, **different.get(str(old), {})} for new, old in enumerate(order)}
 
 
@@ -68,11 +69,11 @@ def _has(layout: Layout, layer: int, name: str) -> bool:
 
 def _fields(text: PretrainedConfig) -> dict[str, Any]:
     found = text.to_dict()
-    found = {name: value for name, value in found.items() if not isinstance(getattr(type(text), name, None), property)}
     for name in ("layer_types", "mlp_layer_types"):  # some classes work them out and do not write them
         if name not in found and getattr(text, name, None) is not None:
             found[name] = list(getattr(text, name))
-    return found
+    # What a class only works out cannot be set.
+    return {name: value for name, value in found.items() if getattr(getattr(type(text), name, ""), "fset", "") is not None}
 
 
 def _check(layout: Layout, changes: dict[str, Any], order: Sequence[int]) -> None:

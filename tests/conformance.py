@@ -271,12 +271,15 @@ class Bench:
             return [first, reload_worker.logits(self.model, PADDED, zoo.PAD)], share
 
     def _same(self, ours: Tensor, theirs: Tensor, interventions: list[Intervention]) -> bool:
-        """Whether both decoded the same tokens, up to the first tie of a row."""
+        """Whether both decoded the same tokens, up to the first tie of a row or what follows a padding token.
+
+        The padding token's embedding is zero here, and of a stream of zeros no norm makes anything.
+        """
         if ours.shape != theirs.shape:
             return False
         for prompt, one, other in zip(self.job["decode"], ours.tolist(), theirs.tolist(), strict=True):
             at = next((at for at in range(len(one)) if one[at] != other[at]), None)
-            if at is not None:
+            if at is not None and zoo.PAD not in one[:at]:
                 with steer(self.model, interventions):
                     last = reload_worker.logits(self.model, [[*prompt, *one[:at]]], zoo.PAD)[-1]
                 if (last[one[at]] - last[other[at]]).abs() > TIE * last.std():

@@ -312,7 +312,7 @@ _VISION = {
 }
 _QWEN_VISION = {**_VISION, "num_position_embeddings": 16}
 _IMAGE_TOKEN = VOCABULARY - 1
-#: Multimodal types: the type of the decoder inside (where that is a type of its own) and the rest of the config.
+#: Multimodal types: the type of the decoder inside and the rest of the config.
 COMPOSITES: dict[str, tuple[str, dict[str, Any]]] = {
     "fuyu": ("persimmon", {"image_size": 16, "patch_size": 4, "image_token_id": _IMAGE_TOKEN}),
     "gemma3": (
@@ -339,6 +339,13 @@ COMPOSITES: dict[str, tuple[str, dict[str, Any]]] = {
                 **{"num_mel_bins": 16, "max_source_positions": 32},
             },
             "audio_token_id": _IMAGE_TOKEN,
+        },
+    ),
+    "gemma4_unified": (
+        "gemma4_unified_text",
+        {
+            "vision_config": {"patch_size": 8, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": WIDTH},
+            **{"audio_config": None, "image_token_id": _IMAGE_TOKEN},
         },
     ),
 }

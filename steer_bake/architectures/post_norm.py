@@ -45,7 +45,11 @@ _GEMMA4 = replace(
 _OLMO_HYBRID = replace(  # layers with attention normalise what they write, the others what they read
     _OLMO2,
     model_types=("olmo_hybrid",),
-    attention=(replace(MIXERS[0], alone=True), normed(ATTENTION, "post_attention_layernorm")),
+    attention=(
+        replace(MIXERS[0], alone=True),
+        # on disk it has another name than in the class
+        replace(normed(ATTENTION, "post_attention_layernorm"), weights=(Weight("feedforward_layer_norm.weight"),)),
+    ),
     mlp=(replace(normed(MLP, "post_feedforward_layernorm"), alone=True), MLP),
 )
 _GLM4 = replace(_after("post_self_attn_layernorm", "post_mlp_layernorm", "glm4"), middle="post_attention_layernorm")

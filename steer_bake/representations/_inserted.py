@@ -91,6 +91,10 @@ class Inserted:
         reason = base.layout.architecture.indexed
         if reason:
             raise NotFoldable(f"a {base.layout.model_type} model takes no additional layer: {reason}")
+        if piece.site.point == "resid_mid" and base.layout.architecture.gains:
+            raise NotFoldable(
+                f"a {base.layout.model_type} layer multiplies the stream at its end: it cannot be split at {piece.site}"
+            )
         own, after = (0, -1) if piece.layer is None else (piece.layer, piece.layer)
         others = [] if piece.site.point == "resid_mid" else base.kinds(own)  # half of a layer is of its own kind
         refused: list[NotFoldable] = []
