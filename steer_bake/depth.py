@@ -73,7 +73,12 @@ def _fields(text: PretrainedConfig) -> dict[str, Any]:
         if name not in found and getattr(text, name, None) is not None:
             found[name] = list(getattr(text, name))
     # What a class only works out cannot be set.
-    return {name: value for name, value in found.items() if getattr(getattr(type(text), name, ""), "fset", "") is not None}
+    spelled = {name: text.attribute_map.get(name, name) for name in found}
+    return {
+        name: value
+        for name, value in found.items()
+        if getattr(getattr(type(text), spelled[name], ""), "fset", "") is not None
+    }
 
 
 def _check(layout: Layout, changes: dict[str, Any], order: Sequence[int]) -> None:

@@ -1,8 +1,8 @@
 """A long-lived process of plain transformers: loads one folder per line of its input and measures it.
 
-``python tests/plain_worker.py steer_bake/reload_worker.py``: a line in is a job (``folder``, ``dtype``, ``out`` and what
-``reload_worker.measure`` reads), a line out says what did not fit. Importing transformers takes seconds, a tiny model
-milliseconds: hence one process for many folders. It never imports steer_bake.
+``python tests/plain_worker.py steer_bake/reload_worker.py``: a line in is a job (``folder``, ``dtype``, ``out`` and
+what ``reload_worker.measure`` reads), a line out says what did not fit. Importing transformers takes seconds, a tiny
+model milliseconds: hence one process for many folders. It never imports steer_bake.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-sys.modules["steer_bake"] = None  # type: ignore[assignment]  # any import of it is an error from here on
+if __name__ == "__main__":  # modules beside this file must not shadow installed ones
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    sys.modules["steer_bake"] = None  # type: ignore[assignment]  # any import of it is an error from here on
 
 import torch
 from safetensors.torch import load_file

@@ -48,13 +48,17 @@ def test_every_cell_is_exact_or_refused_as_the_table_says(model_type: str, worke
     assert not wrong
     told = stored()[model_type]
     for name, cells in found.items():
-        assert {cell: kind(one) for cell, one in cells.items()} == {c: kind(one) for c, one in told[name].items()}, AGAIN
+        assert {cell: kind(one) for cell, one in cells.items()} == {c: kind(one) for c, one in told[name].items()}, (
+            AGAIN
+        )
 
 
 def test_the_table_is_what_is_stored_and_names_every_type() -> None:
     assert DOCUMENT.read_text() == document(stored()), AGAIN
     assert set(stored()) == set(zoo.ALL) <= set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), AGAIN
-    assert not any(kind(one) == "FAILED" for cells in stored().values() for row in cells.values() for one in row.values())
+    assert not any(
+        kind(one) == "FAILED" for cells in stored().values() for row in cells.values() for one in row.values()
+    )
 
 
 @pytest.mark.parametrize(("cell", "types"), [("add resid_post.middle", 145), ("ablate writes", 111)])

@@ -325,7 +325,13 @@ COMPOSITES: dict[str, tuple[str, dict[str, Any]]] = {
     "got_ocr2": (
         "qwen2",
         {
-            "vision_config": {**_VISION, "output_channels": 16, "mlp_dim": 64, "window_size": 2, "global_attn_indexes": [0]},
+            "vision_config": {
+                **_VISION,
+                "output_channels": 16,
+                "mlp_dim": 64,
+                "window_size": 2,
+                "global_attn_indexes": [0],
+            },
             "image_token_index": _IMAGE_TOKEN,
         },
     ),
@@ -411,7 +417,9 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
     tied = head is not None and any(head.weight is module.weight for module in _embeddings(model))
-    embedding = TIED_SCALE if tied else WIDTH**-0.5 if model.config.get_text_config().model_type in SCALED_EMBEDDING else 1.0
+    embedding = (
+        TIED_SCALE if tied else WIDTH**-0.5 if model.config.get_text_config().model_type in SCALED_EMBEDDING else 1.0
+    )
     tokens = model.get_input_embeddings().weight
     done: set[int] = set()
     with torch.no_grad():
