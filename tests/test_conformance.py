@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,25 @@ def test_the_table_is_what_is_stored_and_names_every_type() -> None:
 def test_most_types_hold_the_two_common_interventions_exactly(cell: str, types: int) -> None:
     assert cell in CELLS
     assert sum(holds(cells, cell) for cells in stored().values()) >= types
+
+
+def test_a_mistake_in_one_column_or_an_omission_in_both_is_a_failure(
+    tmp_path: Path, worker: conformance.Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.save("llama", tmp_path / "base")
+    right = architectures.claimed()["llama"]
+    table = right.embedding.weights[0]
+    planted = {
+        "std from the hooks": ("add resid_pre.0", replace(right, embedding=replace(
+            right.embedding, weights=(replace(table, scale=lambda _config: 1.01),)
+        ))),
+        "the stream is off": ("ablate writes", replace(right, mlp=(), attention=right.attention)),
+    }  # fmt: skip
+    for words, (cell, wrong) in planted.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(architectures, "claimed", lambda wrong=wrong: {"llama": wrong})
+            outcome = conformance.Bench(tmp_path / "base", worker).outcome(cell, tmp_path)
+        assert words in outcome.failed
 
 
 # --- in bfloat16
