@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from .architectures import Layout
 from .errors import NotFoldable
-from .skeleton import changed, skeleton
+from .skeleton import changed
 
 #: Config attributes whose value is a number of leading layers, or a layer's number.
 _THRESHOLDS = (
@@ -36,11 +36,14 @@ def deepened(layout: Layout, order: Sequence[int]) -> dict[str, Any]:
     """
     text, layers = layout.text, layout.layers
     values: dict[str, Any] = {"num_hidden_layers": len(order)}
-    for name, value in _fields(text).items():
+    fields = _fields(text)
+    for name, value in fields.items():
         if name in _NUMBERS and isinstance(value, list):
             values[name] = [new for new, old in enumerate(order) if old in value]
         elif isinstance(value, list) and len(value) == layers:
             values[name] = [value[old] for old in order]
+        elif name == "per_layer_config" and value:
+            values[name] = _per_layer(fields, value, order)
         elif name in _THRESHOLDS and isinstance(value, int) and 0 < value < layers:
             values[name] = sum(old < value for old in order)
     if hasattr(text, "decoder_sparse_step") and hasattr(text, "mlp_only_layers"):  # a period: listed one by one
@@ -51,9 +54,17 @@ def deepened(layout: Layout, order: Sequence[int]) -> dict[str, Any]:
     return changes
 
 
+def _per_layer(fields: dict[str, Any], found: dict[Any, Any], order: Sequence[int]) -> dict[str, Any]:
+    """What single layers have otherwise than the rest, by their number: spelled out for all of them."""
+    different = {str(key): dict(value) for key, value in found.items()}
+    names = {name for value in different.values() for name in value}
+    usual = {name: fields[name] for name in sorted(names)}
+    return {str(new): {**usual, **different.get(str(old), {})} for new, old in enumerate(order)}
+
+
 def _has(layout: Layout, layer: int, name: str) -> bool:
     start = f"{layout.layer(layer)}."
-    return any(key.startswith(start) and f".{name}." in key for key in skeleton(layout.parsed))
+    return any(key.startswith(start) and f".{name}." in key for key in layout.skeleton)
 
 
 def _fields(text: PretrainedConfig) -> dict[str, Any]:
@@ -62,14 +73,20 @@ def _fields(text: PretrainedConfig) -> dict[str, Any]:
         derived = isinstance(getattr(type(text), name, None), property)  # it follows from the number of layers
         if name not in found and not derived and getattr(text, name, None) is not None:
             found[name] = list(getattr(text, name))
-    return found
+    # What a class only works out cannot be set.
+    spelled = {name: text.attribute_map.get(name, name) for name in found}
+    return {
+        name: value
+        for name, value in found.items()
+        if getattr(getattr(type(text), spelled[name], ""), "fset", "") is not None
+    }
 
 
 def _check(layout: Layout, changes: dict[str, Any], order: Sequence[int]) -> None:
     name = layout.model_type
     try:
         deeper = changed(layout.parsed, changes)
-        before, after = skeleton(layout.parsed), skeleton(deeper)
+        before, after = layout.skeleton, layout.skeleton_of(deeper)
     except Exception as error:  # a config class validates in its own way
         raise NotFoldable(f"the {name} class takes no additional layer: {error}") from error
     stack = layout.architecture.stack
@@ -84,7 +101,7 @@ def _check(layout: Layout, changes: dict[str, Any], order: Sequence[int]) -> Non
     old_text, new_text = layout.text, deeper
     for key in layout.path:
         new_text = getattr(new_text, key)
-    for kind in ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers"):
+    for kind in ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "indexer_types"):
         old_kinds, new_kinds = getattr(old_text, kind, None), getattr(new_text, kind, None)
         if isinstance(old_kinds, list) and len(old_kinds) == layout.layers:
             wrong += [old for new, old in enumerate(order) if new_kinds is None or new_kinds[new] != old_kinds[old]]

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # this file lives inside a package whose module name
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -106,7 +106,8 @@ def readings(
     real = mask.bool()
 
     def read(index: int, h: Tensor) -> None:
-        wide = h.reshape(*real.shape, -1)[real].double().cpu()  # some layers flatten batch and sequence
+        # Some layers flatten batch and sequence, and some models put tokens of their own before the prompt.
+        wide = h.reshape(len(real), -1, len(along))[:, -real.shape[1] :][real].double().cpu()
         off = (wide @ along.double() - torch.tensor(probes[index]["expected"], dtype=torch.float64)).abs()
         found[index] = torch.maximum(found[index], (off / wide.norm(dim=-1, keepdim=True)).amax(0).float())
 
@@ -118,7 +119,7 @@ def readings(
 
     with ExitStack() as stack:
         for index, probe in enumerate(probes):
-            module = model.get_submodule(probe["module"])
+            module = _module(model, probe["module"])
             if probe["side"] == "input":
                 handle = module.register_forward_pre_hook(pre_hook(index), with_kwargs=True)
             else:
@@ -126,6 +127,15 @@ def readings(
             stack.callback(handle.remove)
         logits(model, rows, pad_id)
     return found
+
+
+def _module(model: PreTrainedModel, path: str) -> nn.Module:
+    """The module at ``path``, also where it is that of the text decoder inside a multimodal model."""
+    root, _, bare = path.partition(".")
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return model.get_submodule(f"{root}.language_model.{bare}")
 
 
 def measure(model: PreTrainedModel, job: dict[str, Any], along: Tensor, out: Path, *, whole: bool) -> None:

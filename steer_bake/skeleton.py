@@ -83,6 +83,7 @@ def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False)
+            model.tie_weights()  # which is otherwise part of the initialisation
     except Exception as error:  # a class rejects a config in any way it likes
         raise CheckpointError(
             f"transformers builds no causal language model from this {config.model_type} config: {error}"

@@ -13,8 +13,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D
 
 WIDTH, LAYERS, VOCABULARY, POSITIONS = 64, 4, 128, 256
@@ -258,7 +267,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ministral": SLIDING_FULL,
     "modernbert-decoder": {**FULL_SLIDING, "cls_token_id": BOS, "sep_token_id": EOS, "local_attention": 16},
     # The class cuts its cache to the window but masks nothing: a window within reach would depend on the cache.
-    "moshi": {"audio_vocab_size": VOCABULARY, "sliding_window": POSITIONS},
+    "moshi": {"audio_vocab_size": VOCABULARY, "sliding_window": POSITIONS, "ffn_dim": 320},
     "nemotron_h": {"layers_block_type": ("linear_attention", "moe", "full_attention", "mlp")},
     "olmo3": SLIDING_FULL,
     "olmo_hybrid": LINEAR_FULL,
@@ -297,8 +306,66 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 
+_VISION = {
+    **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_heads": 2},
+    **{"patch_size": 8, "image_size": 16, "out_hidden_size": WIDTH, "vision_output_dim": 64, "depth": 1},
+}
+_QWEN_VISION = {**_VISION, "num_position_embeddings": 16}
+_IMAGE_TOKEN = VOCABULARY - 1
+#: Multimodal types: the type of the decoder inside and the rest of the config.
+COMPOSITES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fuyu": ("persimmon", {"image_size": 16, "patch_size": 4, "image_token_id": _IMAGE_TOKEN}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            "vision_config": {"model_type": "siglip_vision_model", **_VISION},
+            **{"mm_tokens_per_image": 4, "image_token_index": _IMAGE_TOKEN},
+        },
+    ),
+    "got_ocr2": (
+        "qwen2",
+        {
+            "vision_config": {
+                **_VISION,
+                "output_channels": 16,
+                "mlp_dim": 64,
+                "window_size": 2,
+                "global_attn_indexes": [0],
+            },
+            "image_token_index": _IMAGE_TOKEN,
+        },
+    ),
+    "qwen3_5": ("qwen3_5_text", {"vision_config": _QWEN_VISION, "image_token_id": _IMAGE_TOKEN}),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {"vision_config": _QWEN_VISION, "image_token_id": _IMAGE_TOKEN}),
+    "moss_transcribe_diarize": (
+        "qwen3",
+        {
+            "audio_config": {
+                **{"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 64},
+                **{"num_mel_bins": 16, "max_source_positions": 32},
+            },
+            "audio_token_id": _IMAGE_TOKEN,
+        },
+    ),
+    "gemma4_unified": (
+        "gemma4_unified_text",
+        {
+            "vision_config": {"patch_size": 8, "mm_embed_dim": 32, "mm_posemb_size": 16, "output_proj_dims": WIDTH},
+            **{"audio_config": None, "image_token_id": _IMAGE_TOKEN},
+        },
+    ),
+}
+_WHOLE = frozenset(COMPOSITES) & set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+ALL: tuple[str, ...] = tuple(sorted({*TYPES, *COMPOSITES}))
+
+
 def config(model_type: str, *, layers: int = LAYERS, **overrides: Any) -> PretrainedConfig:
     """A tiny configuration of ``model_type``; ``overrides`` may use the common names of the class's attribute map."""
+    if model_type in COMPOSITES:
+        inner, rest = COMPOSITES[model_type]
+        text = config(inner, layers=layers, **overrides).to_dict()
+        tied = {name: value for name, value in overrides.items() if name == "tie_word_embeddings"}
+        return CONFIG_MAPPING[model_type](text_config=text, **rest, **tied)
     if model_type not in TYPES:
         reason = UNBUILDABLE.get(model_type, "transformers has no causal LM of this type")
         raise ValueError(f"no tiny {model_type!r}: {reason}")
@@ -338,7 +405,9 @@ def build(model_type: str, seed: int = 0, *, layers: int = LAYERS, **overrides: 
     """A tiny model of ``model_type`` in float32 and eval mode; the same weights for the same arguments."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = AutoModelForCausalLM.from_config(config(model_type, layers=layers, **overrides), dtype=torch.float32)
+        # The whole of a multimodal model, as it is published: AutoModelForCausalLM may take its text decoder only.
+        auto = AutoModelForImageTextToText if model_type in _WHOLE else AutoModelForCausalLM
+        made = auto.from_config(config(model_type, layers=layers, **overrides), dtype=torch.float32)
         randomise(made, seed)
     return made.eval()
 
@@ -348,7 +417,9 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     head = model.get_output_embeddings()
     tied = head is not None and any(head.weight is module.weight for module in _embeddings(model))
-    embedding = TIED_SCALE if tied else WIDTH**-0.5 if model.config.model_type in SCALED_EMBEDDING else 1.0
+    embedding = (
+        TIED_SCALE if tied else WIDTH**-0.5 if model.config.get_text_config().model_type in SCALED_EMBEDDING else 1.0
+    )
     tokens = model.get_input_embeddings().weight
     done: set[int] = set()
     with torch.no_grad():

@@ -9,7 +9,7 @@ one layout serves dense and sparse, attention and state-space layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from .. import registry
 from ..errors import CheckpointError, UnknownArchitecture
+from ..skeleton import Skeleton, skeleton
 
 #: The two places of a layer where the stream is written, in forward order.
 SLOTS = ("attention", "mlp")
@@ -37,6 +38,11 @@ def unscaled(config: Any) -> float:
 def sequential(config: Any) -> bool:
     """Most layers add the attention's write before the MLP reads."""
     return False
+
+
+def always(config: Any, layer: int) -> bool:
+    """Most layers hand on nothing but the stream."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,9 @@ class Architecture:
     parallel: Callable[[Any], bool] = sequential
     head: str = "lm_head.weight"  # the tensor that untying creates
     indexed: str = ""  # why no layer may be inserted: what depends on a layer's number
+    # Whether a layer like this one hands on unchanged what later layers read beside the stream: it may be inserted then
+    bystander: Callable[[Any, int], bool] = always
+    gains: tuple[str, ...] = ()  # tensors of a layer that multiply the stream: ones in an inserted layer
     # What an inserted layer can be made of, where no writer has a bias; names below the layer
     value: str = ""  # the attention's value projection
     unit: float = 1.0  # the weight with which the norm before the MLP has gain 1
@@ -156,6 +165,28 @@ class Layout:
         for key in reversed(self.path):
             found = {key: found}
         return found
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """What the model's class wants to load, by the names of this layout."""
+        return self.skeleton_of(self.parsed)
+
+    def skeleton_of(self, config: PretrainedConfig) -> Skeleton:
+        """What the class wants to load with another ``config``; a multimodal one has the decoder further inside."""
+        found = skeleton(config)
+        old, new = self.root(found)
+        return {old + name.removeprefix(new) if name.startswith(new) else name: found[name] for name in found}
+
+    def root(self, names: Iterable[str]) -> tuple[str, str]:
+        """What the names of the layout begin with, and what ``names`` of tensors begin with instead."""
+        first = f"{self.architecture.stack}.0."
+        root, _, bare = first.partition(".")
+        others = (f"{root}.language_model.", f"language_model.{root}.", f"{root}.text_model.", "backbone.")
+        known = list(names)
+        for candidate in (first, bare, *(f"{other}{bare}" for other in others)):
+            if any(name.startswith(candidate) for name in known):
+                return first.removesuffix(bare), candidate.removesuffix(bare)
+        return "", ""
 
     def untied(self) -> dict[str, Any]:
         """The changes of config.json that give the head a table of its own; a wrapper and its decoder both say so."""

@@ -46,18 +46,7 @@ def _tables(root: str, *names: str) -> Block:
 _NAMES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 _CLS = "cls.predictions.decoder.weight"
 
-_XLNET = Architecture(
-    model_types=("xlnet",),
-    stack="transformer.layer",
-    embedding=Block("transformer.word_embedding", (Weight("transformer.word_embedding.weight", axis=1),)),
-    attention=(_norm("rel_attn.layer_norm"),),
-    mlp=(_norm("ff.layer_norm"),),
-    head="lm_loss.weight",
-    indexed="every layer attends in two streams",
-)
-
 bert = (
-    _XLNET,
     _rooted("bert", "bert", "big_bird", "bert-generation", head=_CLS),
     _rooted("roberta", "roberta", "camembert", "xlm-roberta"),
     _rooted("data2vec_text", "data2vec-text"),

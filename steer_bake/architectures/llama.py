@@ -120,11 +120,13 @@ _DIFFLLAMA = replace(
     _LLAMA, model_types=("diffllama",), indexed="a layer's attention depends on the layer's number (lambda_init)"
 )
 
-_SHARED_INDEX = replace(
-    _LLAMA,
-    model_types=("glm_moe_dsa",),
-    indexed="layers attend to the positions that an earlier layer chose",
-)
+
+def _shares_index(config: Any, layer: int) -> bool:
+    return bool(config.indexer_types[layer] == "shared")
+
+
+# layers attend to the positions that an earlier layer chose
+_SHARED_INDEX = replace(_LLAMA, model_types=("glm_moe_dsa",), bystander=_shares_index)
 
 _HYBRID = replace(
     _LLAMA,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from . import NORMED, Architecture, Block, Weight
-from .llama import ATTENTION, EMBEDDING, FEED_FORWARD, MLP, root_of_width, scaled_table
+from .llama import ATTENTION, EMBEDDING, FEED_FORWARD, MIXERS, MLP, root_of_width, scaled_table
 
 
 def normed(block: Block, name: str, offset: float = 0.0) -> Block:
@@ -35,7 +35,23 @@ _GEMMA2 = replace(
     embedding=scaled_table(root_of_width),
     middle="pre_feedforward_layernorm",
 )
-_GEMMA4 = replace(_OLMO2, model_types=("gemma4_unified_text",), embedding=_GEMMA2.embedding, middle=_GEMMA2.middle)
+_GEMMA4 = replace(
+    _OLMO2,
+    model_types=("gemma4_unified_text",),
+    embedding=_GEMMA2.embedding,
+    middle=_GEMMA2.middle,
+    gains=("layer_scalar",),
+)
+_OLMO_HYBRID = replace(  # layers with attention normalise what they write, the others what they read
+    _OLMO2,
+    model_types=("olmo_hybrid",),
+    attention=(
+        replace(MIXERS[0], alone=True),
+        # on disk it has another name than in the class
+        replace(normed(ATTENTION, "post_attention_layernorm"), weights=(Weight("feedforward_layer_norm.weight"),)),
+    ),
+    mlp=(replace(normed(MLP, "post_feedforward_layernorm"), alone=True), MLP),
+)
 _GLM4 = replace(_after("post_self_attn_layernorm", "post_mlp_layernorm", "glm4"), middle="post_attention_layernorm")
 _KOLIBRI = replace(  # on disk the norms have other names than in the class
     _OLMO2,
@@ -54,4 +70,4 @@ _LFM3 = replace(
     middle="ffn_norm",
 )
 
-post_norm = (_OLMO2, _GEMMA2, _GEMMA4, _GLM4, _KOLIBRI, _AFMOE, _HYPERCLOVAX, _LFM3)
+post_norm = (_OLMO2, _OLMO_HYBRID, _GEMMA2, _GEMMA4, _GLM4, _KOLIBRI, _AFMOE, _HYPERCLOVAX, _LFM3)

@@ -18,7 +18,7 @@ from ..architectures import SLOTS, Block, Layout, Weight
 from ..checkpoint import Checkpoint, Edit
 from ..errors import NotFoldable
 from ..sites import Site
-from ..skeleton import Skeleton, changed, skeleton
+from ..skeleton import Skeleton, changed
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,16 @@ class Base:
 
     @cached_property
     def _rename(self) -> tuple[str, str]:
-        """What the names of the class begin with, and what those of this checkpoint begin with instead."""
-        first = f"{self.layout.architecture.stack}.0."
-        root, _, bare = first.partition(".")
-        others = (f"{root}.language_model.", f"language_model.{root}.", f"{root}.text_model.", "backbone.")
-        for candidate in (first, bare, *(f"{other}{bare}" for other in others)):
-            if any(name.startswith(candidate) for name in self.checkpoint.tensors):
-                return first.removesuffix(bare), candidate.removesuffix(bare)
-        return "", ""
+        """What the names of the layout begin with, and what those of this checkpoint begin with instead."""
+        return self.layout.root(self.checkpoint.tensors)
 
     def on_disk(self, name: str) -> str:
         """The name in this checkpoint of what the class calls ``name``: some store it without the root's name."""
         old, new = self._rename
-        return new + name.removeprefix(old) if old and name.startswith(old) else name
+        if old and name.startswith(old):
+            return new + name.removeprefix(old)
+        around = new.removesuffix(old)  # a decoder stored with its head, all of it inside a multimodal model
+        return around + name if old and new.endswith(f".{old}") else name
 
     @cached_property
     def _by_layer(self) -> dict[int, list[str]]:
@@ -147,7 +144,7 @@ class Base:
 
     @cached_property
     def skeleton(self) -> Skeleton:
-        return skeleton(self.layout.parsed)
+        return self.layout.skeleton
 
     def flags(self, block: Block) -> list[dict[str, Any]]:
         """Changes of config.json of which one may give ``block`` its bias: single flags first, then all together."""
@@ -165,7 +162,7 @@ class Base:
     def unlocked(self, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         """What the class wants in addition after ``changes`` of the config; None where it wants anything else anew."""
         try:
-            after = skeleton(changed(self.layout.parsed, changes))
+            after = self.layout.skeleton_of(changed(self.layout.parsed, changes))
         except Exception:  # a config class rejects a combination in its own way
             return None
         if any(after.get(name) != shape for name, shape in self.skeleton.items()):

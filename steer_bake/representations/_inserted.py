@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ..affine import Affine
+from ..architectures import always
 from ..checkpoint import Edit
+from ..depth import deepened
 from ..errors import NotFoldable
 from ..sites import Site
 from . import KEPT, NEW, Base, Constant, Extra, Holding, Piece
@@ -89,11 +91,22 @@ class Inserted:
         reason = base.layout.architecture.indexed
         if reason:
             raise NotFoldable(f"a {base.layout.model_type} model takes no additional layer: {reason}")
+        if piece.site.point == "resid_mid" and base.layout.architecture.gains:
+            raise NotFoldable(
+                f"a {base.layout.model_type} layer multiplies the stream at its end: it cannot be split at {piece.site}"
+            )
         own, after = (0, -1) if piece.layer is None else (piece.layer, piece.layer)
-        yield cls(own, base, piece.site, after)
-        if piece.site.point != "resid_mid":  # half of a layer is of that layer's own kind
-            for other in base.kinds(own):
-                yield cls(other, base, piece.site, after)
+        others = [] if piece.site.point == "resid_mid" else base.kinds(own)  # half of a layer is of its own kind
+        refused: list[NotFoldable] = []
+        for like in (own, *others):
+            try:
+                _check_order(base, after, like)
+            except NotFoldable as why:
+                refused.append(why)
+                continue
+            yield cls(like, base, piece.site, after)
+        if len(refused) == 1 + len(others):
+            raise refused[0]
 
     @property
     def split(self) -> bool:
@@ -102,6 +115,8 @@ class Inserted:
     def holding(self, filled: Filled) -> Holding:
         base, stack = self.base, self.base.on_disk(self.base.layout.architecture.stack)
         names = {name.removeprefix(self.prefix) for name in base.layer_tensors(self.number)}
+        gains = {name: self._one(name) for name in base.layout.architecture.gains if name in names}
+        filled = replace(filled, tensors={**gains, **filled.tensors})
         second = {name for name in names if self.split and self._of_mlp(name)}
         edits = [replace(edit, tensor=f"{stack}.{NEW}.{name}") for name, edit in filled.tensors.items()]
         for name in sorted(names - second - {*filled.tensors}):
@@ -120,6 +135,11 @@ class Inserted:
             note=filled.note,
         )
 
+    def _one(self, name: str) -> Edit:
+        shape = self.shape(name) or (1,)
+        ones = replace(Affine.identity(shape[-1]), shift=torch.ones(shape[-1]))
+        return self.base.new("", shape, ones)
+
     def _of_mlp(self, name: str) -> bool:
         """Whether a tensor belongs to the half of the layer that reads resid_mid."""
         architecture = self.base.layout.architecture
@@ -128,3 +148,14 @@ class Inserted:
         ]
         heads = {architecture.middle, *(path.partition(".")[0] for path in blocks)} - {""}
         return name.partition(".")[0] in heads
+
+
+def _check_order(base: Base, after: int, like: int) -> None:
+    """Raises NotFoldable where the class makes no layer of the kind of ``like`` behind the layer ``after``."""
+    architecture, layers = base.layout.architecture, range(base.layers)
+    if not architecture.bystander(base.layout.text, like) or (after < 0 and architecture.bystander is not always):
+        raise NotFoldable(
+            f"an additional layer of the kind of layer {like} of this {base.layout.model_type} model would change what "
+            "later layers read beside the stream"
+        )
+    deepened(base.layout, [*layers[: after + 1], like, *layers[after + 1 :]])
