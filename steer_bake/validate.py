@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import architectures, reload_worker
+from . import architectures, manifest, reload_worker
 from .checkpoint import Checkpoint, Edit, recompute, write_edited
 from .comparison import Check, Comparison, Gap, storage_dtype, stream_probes
 from .errors import CheckpointError, ValidationFailed
@@ -75,18 +75,20 @@ def validate(
     batch_size: int = 8,
     decode_prompts: int = 6,
     decode_tokens: int = 24,
+    prefer: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compare the checkpoint in ``folder`` with ``base_folder`` under hooks, on tokenised prompts ``rows``.
 
-    Failing checks are in the report, not raised (see :meth:`Report.require`).
+    Failing checks are in the report, not raised (see :meth:`Report.require`). ``prefer`` is what the plan preferred; by
+    default, what the folder's own ``steering.json`` says.
 
     Raises:
         CheckpointError: the base is missing or damaged. (A damaged candidate is a failed check.)
     """
     advance = progress or (lambda _done, _total: None)
     base = Checkpoint.open(base_folder)
-    plan = make_plan(base, interventions)
+    plan = make_plan(base, interventions, prefer or manifest.preference(folder))
     layout = architectures.layout(base.config)
     job = {
         "batches": [list(map(list, rows[at : at + batch_size])) for at in range(0, len(rows), batch_size)],
@@ -139,11 +141,12 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
     yield Check("config", not wrong, None, None, "; ".join(wrong[:4]) or "the base's own and as planned")
 
     edited = {edit.tensor for edit in plan.edits}
-    wrong = [f"{name} is in neither base nor plan" for name in sorted({*found.tensors} - {*base.tensors} - edited)]
+    kept = {plan.rename.get(name, name) for name in base.tensors}
+    wrong = [f"{name} is in neither base nor plan" for name in sorted({*found.tensors} - kept - edited)]
     wrong += [
         f"{name} is not the base's"
         for name in base.tensors
-        if name not in edited and not _same_bytes(base, found, name)
+        if plan.rename.get(name, name) not in edited and not _same_bytes(base, found, name, plan.rename.get(name, name))
     ]
     yield Check("untouched tensors", not wrong, None, None, "; ".join(wrong[:4]) or "the bytes of the base")
 
@@ -159,14 +162,14 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
     )  # fmt: skip
 
 
-def _same_bytes(base: Checkpoint, found: Checkpoint, name: str) -> bool:
-    old, new = base.tensors[name], found.tensors.get(name)
+def _same_bytes(base: Checkpoint, found: Checkpoint, name: str, new_name: str) -> bool:
+    old, new = base.tensors[name], found.tensors.get(new_name)
     if new is None or (new.dtype, new.shape) != (old.dtype, old.shape):
         return False
     if new.start == old.start and (found.folder / new.file).samefile(base.folder / old.file):
         return True
-    before, after = (one.read(name).reshape(-1).view(torch.uint8) for one in (base, found))
-    return torch.equal(before, after)
+    before, after = base.read(name), found.read(new_name)
+    return torch.equal(before.reshape(-1).view(torch.uint8), after.reshape(-1).view(torch.uint8))
 
 
 def _tensor_problem(edit: Edit, base: Checkpoint, found: Checkpoint) -> tuple[str | None, float]:
@@ -222,7 +225,7 @@ def _candidates(folder: Path, base: Checkpoint, plan: Plan, scratch: Path) -> di
         if not plan.is_constant:
             exact = scratch / "exact"
             exact.mkdir()
-            write_edited(base, plan.edits, exact, config_changes=plan.config_changes, dtype="F32")
+            write_edited(base, plan.edits, exact, config_changes=plan.config_changes, dtype="F32", rename=plan.rename)
             found["float32"] = (exact, "float32")
     return found
 
