@@ -16,6 +16,8 @@ def granite_swa(config: PretrainedConfig) -> House | None:
     if config.model_type not in _TYPES or window is None:
         return None
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    if "sliding_attention" not in kinds:
+        return None
     multipliers = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
     return House(
         "granite_swa",
