@@ -81,7 +81,8 @@ class Plan:
             ],
             "prefer": self.prefer,
             "config_changes": dict(self.config_changes),
-            **({"layers": list(self.order), "renamed": len(self.rename)} if self.order else {}),
+            **({"layers": list(self.order)} if self.order else {}),
+            **({"renamed": len(self.rename)} if self.rename else {}),
             "edits": [
                 {
                     "tensor": edit.tensor,

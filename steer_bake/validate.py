@@ -31,9 +31,13 @@ from .checkpoint import Checkpoint, Edit, recompute, write_edited
 from .comparison import Check, Comparison, Gap, storage_dtype, stream_probes
 from .errors import CheckpointError, ValidationFailed
 from .interventions import Intervention
+from .models import load_tokenizer
 from .plan import Plan, make_plan
 
 COEFFICIENT_TOLERANCE = 1e-3  # of the planned change in the change found, per edited matrix
+
+#: What tokenizers disagree about: leading and repeated spaces, digits, accents, scripts, symbols.
+_TEXT = " Hello  world!\n\tdef f(x_1): return 3.14159 # 1234567\n\nDon't: naïve Straße İ, 你好, नमस्ते, 🙂 A\u0301 "
 
 Progress = Callable[[int, int], None]
 
@@ -150,6 +154,9 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
     ]
     yield Check("untouched tensors", not wrong, None, None, "; ".join(wrong[:4]) or "the bytes of the base")
 
+    if plan.rehoused_from:
+        yield from _tokenizer(folder, base)
+
     wrong, worst = [], 0.0
     for edit in plan.edits:
         problem, off = _tensor_problem(edit, base, found)
@@ -160,6 +167,23 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
         "tensors", not wrong, worst, COEFFICIENT_TOLERANCE,
         "; ".join(wrong[:4]) + more or f"{len(plan.edits)} as planned, fitted coefficients within {worst:.1e}",
     )  # fmt: skip
+
+
+def _tokenizer(folder: Path, base: Checkpoint) -> Iterator[Check]:
+    """Whether the same text becomes the same tokens: which tokenizer class is loaded depends on the model type too."""
+    if not (base.folder / "tokenizer_config.json").exists():
+        return
+    before = load_tokenizer(base.folder)
+    text = _TEXT + "".join(before.all_special_tokens)
+    try:
+        after = load_tokenizer(folder)
+        same = before(text)["input_ids"] == after(text)["input_ids"] and before.pad_token_id == after.pad_token_id
+    except CheckpointError as error:
+        yield Check("tokenizer", False, None, None, str(error))
+        return
+    kinds = f"{type(before).__name__} of the base, {type(after).__name__} of the other class"
+    verdict = "the same tokens" if same else "other tokens; use the base's tokenizer, or bake with keep_class"
+    yield Check("tokenizer", same, None, None, f"{kinds}: {verdict}")
 
 
 def _same_bytes(base: Checkpoint, found: Checkpoint, name: str, new_name: str) -> bool:
