@@ -19,7 +19,7 @@ from transformers.utils import logging
 from .architectures import Layout
 from .checkpoint import Checkpoint, write_edited
 from .depth import deepened
-from .errors import NotFoldable
+from .errors import NotFoldable, SteerBakeError
 from .houses import Housed, Rule, housed
 from .reload_worker import load_strict, pad
 from .skeleton import changed, skeleton
@@ -47,7 +47,12 @@ def prove(claim: Housed) -> None:
     config = claim.source.parsed
     key = (type(config), config.to_json_string(use_diff=False), claim.rule)
     if key not in _proven:
-        _proven[key] = _difference(claim.source, claim.rule)
+        try:
+            _proven[key] = _difference(claim.source, claim.rule)
+        except SteerBakeError:
+            raise
+        except Exception as error:  # a class fails in its own way
+            _proven[key] = f"one of the two does not run: {error}"
     if _proven[key]:
         raise NotFoldable(
             f"a {config.model_type} model of this config is not the same under the {claim.house.model_type} class: "

@@ -214,8 +214,9 @@ def test_what_only_the_old_class_reads_does_not_linger_in_the_config(tmp_path: P
     base = Checkpoint.open(tmp_path / "base")
     old = replace(base, config={**base.config, "auto_map": {"AutoConfig": "x.Y"}, "made_up": 3, "_name_or_path": "me"})
     changes = housed(old, llama).config_changes
-    for name in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types", "made_up"):
+    for name in ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"):
         assert changes[name] is None
+    assert "made_up" not in changes  # neither class reads it
     assert changes["auto_map"] == {}
     assert "rope_parameters" not in changes  # both call it so
     assert "_name_or_path" not in changes
@@ -366,16 +367,11 @@ ROPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize(("model_type", "host"), [("qwen2", "llama"), ("mistral", "granite_swa")])
-def test_scaled_rope_is_the_same_or_refused(rope: str, model_type: str, host: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model_type", "host"), [("qwen2", "llama"), ("mistral", "granite_swa"), ("qwen3", "hy_v3")])
+def test_scaled_rope_stays_what_it_is(rope: str, model_type: str, host: str, tmp_path: Path) -> None:
     parameters = {"rope_type": rope, "rope_theta": 1e4, **ROPES[rope]}
     zoo.save(model_type, tmp_path / "base", rope_parameters=parameters)
-    claim = housed(Checkpoint.open(tmp_path / "base"), registry.load("houses", host))
-    try:
-        prove(claim)
-    except NotFoldable:
-        assert host == "granite_swa"
-        return
+    prove(housed(Checkpoint.open(tmp_path / "base"), registry.load("houses", host)))
     relabelled(tmp_path / "base", tmp_path / "out", host)
     tokens = zoo.ids(180)  # beyond the original context
     old, new = (logits(load(tmp_path / name), tokens) for name in ("base", "out"))
@@ -413,6 +409,26 @@ def test_sinks_of_an_inserted_layer_weigh_nothing_either(tmp_path: Path) -> None
     sinks = [name for name in edits if name.endswith(".sinks")]
     assert len(sinks) == zoo.LAYERS + 1
     assert all(torch.equal(edits[name].affine.shift, torch.full((4,), -1e4)) for name in sinks)
+
+
+def test_a_layer_inserted_into_the_other_class_adds_its_vector_too(tmp_path: Path) -> None:
+    overrides = {"sliding_window": WINDOW, "intermediate_size": zoo.WIDTH, "tie_word_embeddings": True}
+    model = zoo.save("mistral", tmp_path / "base", **overrides)
+    wanted = [adding("resid_pre.0", 0.5), adding("resid_post.2", 3.0, 5)]
+    plan = make_plan(Checkpoint.open(tmp_path / "base"), wanted, "bit_exact")
+    assert plan.model_type == "granite_swa"
+    assert plan.order
+    baked = load(bake(tmp_path / "base", tmp_path / "out", wanted, "bit_exact"))
+    tokens = zoo.ids(20, batch=2)
+    with steer(model, wanted):
+        hooked = logits(model, tokens)
+    assert (hooked - logits(baked, tokens)).abs().max() / hooked.std() <= CONSTANTS_TOLERANCE
+
+
+def test_a_class_that_does_not_run_is_refused(tmp_path: Path) -> None:
+    # this class asks for a window even where no layer slides
+    message = refused("ministral", tmp_path, llama, **FULL, sliding_window=None)
+    assert "one of the two does not run" in message
 
 
 def test_the_rules_that_claim_a_model_are_found_in_the_folder(tmp_path: Path) -> None:

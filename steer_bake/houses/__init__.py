@@ -25,8 +25,6 @@ from ..errors import CheckpointError, NotFoldable
 from ..representations import Base
 from ..skeleton import Skeleton, skeleton
 
-#: Keys of config.json that belong to no class, and older names of those that do.
-_ANY_CLASS = ("torch_dtype", "rope_theta", "rope_scaling", "partial_rotary_factor", "quantization_config")
 #: Fields of every config class that say what the file is, not what the model computes.
 _OWN = ("architectures", "model_type", "transformers_version", "name_or_path", "auto_map")
 
@@ -183,8 +181,8 @@ def _config_changes(source: PretrainedConfig, house: House, raw: Mapping[str, An
     kind = CONFIG_MAPPING[house.model_type]
     fields = {one.name for one in dataclasses.fields(kind)}
     key = kind.attribute_map.get
-    known = {*fields, *kind.attribute_map, *_ANY_CLASS}
-    changes: dict[str, Any] = {name: None for name in raw if name not in known and not name.startswith("_")}
+    only_there = {one.name for one in dataclasses.fields(source)} | {*source.attribute_map}
+    changes: dict[str, Any] = dict.fromkeys([one for one in raw if one in only_there - fields - {*kind.attribute_map}])
     if "auto_map" in raw:
         changes["auto_map"] = {}  # loaders look for names in it
     changes |= {"model_type": house.model_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[house.model_type]]}
