@@ -66,6 +66,8 @@ def render(
             report=report,
             edits=found.content["plan"]["edits"],
             config_changes=found.content["plan"]["config_changes"],
+            model_type=found.content["plan"]["model_type"],
+            rehoused_from=found.content["plan"].get("rehoused_from"),
             recipe=recipe,
             fence=_fence(recipe or ""),
             tool=found.content["tool"],

@@ -68,6 +68,9 @@ def plan(found: Plan, json_wanted: bool, *, sketch: bool = False) -> None:
         return
     rows = [(row["write"], row["part"], row["representation"], ", ".join(row["for"])) for row in content["decisions"]]
     _print(_table(["write", "part", "held by", "for"], rows))
+    for row in content["decisions"]:
+        if row["note"]:
+            click.echo(f"{row['representation']} ({row['write']}): {row['note']}")
     new = sum(edit["from"] is None for edit in content["edits"])
     click.echo(f"{len(content['edits'])} tensors: {new} new, {len(content['edits']) - new} edited")
     for key, value in content["config_changes"].items():

@@ -76,6 +76,15 @@ def exists(folder: Path) -> bool:
     return (folder / JSON_FILE).is_file()
 
 
+def preference(folder: Path) -> str:
+    """What the plan of a baked folder preferred; ``"smallest"`` where it does not say."""
+    try:
+        found = json.loads((folder / JSON_FILE).read_text())["plan"]["prefer"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return "smallest"
+    return str(found)
+
+
 def write(
     folder: Path,
     plan: Plan,

@@ -9,16 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from . import architectures, registry
 from .affine import Affine, compose
 from .architectures import SLOTS
 from .checkpoint import Checkpoint, Edit
-from .draft import Draft
+from .draft import Draft, merge
 from .errors import CheckpointError, NotFoldable, RecipeError, did_you_mean
+from .houses import Housed, hosts, housed
 from .interventions import Intervention, in_forward_order
+from .proof import prove
 from .representations import Base, Constant, Holding, Piece
 from .sites import Site
 
@@ -41,7 +43,7 @@ class Decision:
 class Plan:
     """Everything a target needs to know: the edits, the config changes, and why each is there."""
 
-    model_type: str
+    model_type: str  # of the output
     interventions: tuple[Intervention, ...]  # in the order they act
     decisions: tuple[Decision, ...]
     edits: tuple[Edit, ...]  # one per tensor
@@ -50,16 +52,19 @@ class Plan:
     constants: tuple[Constant, ...] = ()  # the tensors whose rounding is a constant of the stream
     rename: Mapping[str, str] = field(default_factory=dict)  # tensors of the base that get a new number
     moved: tuple[tuple[int, int], ...] = ()  # where layers were inserted: the new numbers of an old layer's halves
+    rehoused_from: str = ""  # the base's own model type, where the output is of another
+    restated: tuple[str, ...] = ()  # tensors that the other class wants with other values
 
     @property
     def is_constant(self) -> bool:
         """True where no matrix of the base is edited: the file then holds the hooks' constants, rounded, only."""
-        return all(edit.source is None or len(edit.shape) == 1 for edit in self.edits)
+        return not self.restated and all(edit.source is None or len(edit.shape) == 1 for edit in self.edits)
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values, for ``plan.json`` and for comparing two plans."""
         return {
             "model_type": self.model_type,
+            **({"rehoused_from": self.rehoused_from} if self.rehoused_from else {}),
             "interventions": [describe(one) for one in self.interventions],
             "decisions": [
                 {
@@ -77,6 +82,7 @@ class Plan:
             "prefer": self.prefer,
             "config_changes": dict(self.config_changes),
             **({"layers": [list(halves) for halves in self.moved]} if self.moved else {}),
+            **({"renamed": len(self.rename)} if self.rename else {}),
             "edits": [
                 {
                     "tensor": edit.tensor,
@@ -121,6 +127,8 @@ PREFERENCES: dict[str, Callable[[int, Holding], tuple[int, ...]]] = {
     "widest_loading": lambda size, holding: (holding.demands, size),
     "keep_class": lambda size, holding: (size,),
 }
+#: The preference for another model class: any, or the one named behind a colon.
+REHOUSE = "rehouse"
 
 
 def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: str = "smallest") -> Plan:
@@ -128,15 +136,73 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
 
     ``prefer``, where several representations are exact: ``"smallest"`` the fewest new parameters, ``"bit_exact"`` the
     hook's own rounding in the storage dtype, ``"widest_loading"`` what most runtimes implement, ``"keep_class"`` the
-    smallest that keeps the declared model class.
+    smallest that keeps the declared model class. All of these stay within that class as long as it has room: another
+    one is looked for where nothing else is exact (never under ``"keep_class"``), or where it is asked for, as
+    ``"rehouse"`` or ``"rehouse:llama"``. It takes a second, for both classes are run and compared.
 
     Raises:
         NotFoldable: a site and operation without an exact home; the message says which would work.
         RecipeError: a vector's width or a layer that does not fit the model, or no intervention at all.
         UnknownArchitecture: no file in architectures/ claims the model type.
     """
-    if prefer not in PREFERENCES:
-        raise RecipeError(f"unknown preference {prefer!r}: {did_you_mean(prefer, PREFERENCES)}")
+    asked, _, host = prefer.partition(":")
+    if asked != REHOUSE and prefer not in PREFERENCES:
+        raise RecipeError(f"unknown preference {prefer!r}: {did_you_mean(prefer, (*PREFERENCES, REHOUSE))}")
+    wanted = tuple(interventions)
+    if asked == REHOUSE:
+        return _rehoused(base, wanted, prefer, host)
+    try:
+        return _planned(base, wanted, prefer)
+    except NotFoldable as refusal:
+        if prefer == "keep_class":
+            raise
+        try:
+            return _rehoused(base, wanted, prefer)
+        except NotFoldable:
+            raise refusal from None
+
+
+def _rehoused(base: Checkpoint, interventions: Iterable[Intervention], prefer: str, host: str = "") -> Plan:
+    """The plan in the first other class that has room and is proven to be the same function.
+
+    Raises:
+        NotFoldable: there is none; the message has the reason of each.
+    """
+    reasons = []
+    ranked = prefer if prefer in PREFERENCES else "smallest"
+    for rule in hosts(base, host):
+        try:
+            claim = housed(base, rule)
+            plan = _planned(claim.base, interventions, ranked)
+            prove(claim)
+        except NotFoldable as reason:
+            reasons.append(str(reason))
+            continue
+        return _of_source(plan, claim, prefer)
+    raise NotFoldable("; ".join(reasons))
+
+
+def _of_source(plan: Plan, claim: Housed, prefer: str) -> Plan:
+    """A plan for the base in its new house, as a plan for the base."""
+    bits = "to the bit in bfloat16 too" if claim.house.same_bits else "but for rounding"
+    note = f"{claim.source.model_type} -> {plan.model_type}, proven to be the same function, {bits}"
+    because = tuple(dict.fromkeys(one for decision in plan.decisions for one in decision.interventions))
+    rehousing = Decision("model", "class", "rehousing", because, claim.added, note=note)
+    changes = dict(claim.config_changes)
+    merge(changes, plan.config_changes)
+    return replace(
+        plan,
+        decisions=(rehousing, *plan.decisions),
+        edits=claim.edits(plan.edits, plan.rename),
+        config_changes=changes,
+        prefer=prefer,
+        rename=claim.rename(plan.rename),
+        rehoused_from=claim.source.model_type,
+        restated=tuple(plan.rename.get(name, name) for name in claim.restated),
+    )
+
+
+def _planned(base: Checkpoint, interventions: Iterable[Intervention], prefer: str) -> Plan:
     view = Base(base, architectures.layout(base.config))
     ordered = in_forward_order(interventions)
     draft, decisions = choose(offers(view, ordered), view, prefer)

@@ -14,7 +14,7 @@ from typing import Any
 from .errors import RecipeError, did_you_mean
 
 #: Every extension point.
-FOLDERS = ("architectures", "estimators", "interventions", "judges", "representations", "targets")
+FOLDERS = ("architectures", "estimators", "houses", "interventions", "judges", "representations", "targets")
 
 
 def names(folder: str) -> list[str]:

@@ -35,8 +35,12 @@ from .checks import Check, require
 from .comparison import Comparison, Gap, storage_dtype, stream_probes
 from .errors import CheckpointError
 from .interventions import Intervention
+from .models import load_tokenizer
 from .plan import Plan, make_plan
 from .tensors import check_tensors
+
+#: What tokenizers disagree about: leading and repeated spaces, digits, accents, scripts, symbols.
+_TEXT = " Hello  world!\n\tdef f(x_1): return 3.14159 # 1234567\n\nDon't: naïve Straße İ, 你好, नमस्ते, 🙂 A\u0301 "
 
 Progress = Callable[[int, int], None]
 
@@ -77,20 +81,21 @@ def validate(
     decode_prompts: int = 6,
     decode_tokens: int = 24,
     stream: bool = False,
-    prefer: str = "smallest",
+    prefer: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Compare the checkpoint in ``folder`` with ``base_folder`` under hooks, on tokenised prompts ``rows``.
 
-    Failing checks are in the report, not raised (see :meth:`Report.require`). ``stream`` keeps the weights of both on
-    disk (``streaming.py``): the figures are the same, memory holds one tensor of the model at a time, and every pass,
-    one per batch and one per decoded token, reads the whole checkpoint. ``progress`` counts passes.
+    Failing checks are in the report, not raised (see :meth:`Report.require`). ``prefer`` is what the plan preferred; by
+    default, what the folder's own ``steering.json`` says. ``stream`` keeps the weights of both on disk
+    (``streaming.py``): the figures are the same, memory holds one tensor of the model at a time, and every pass, one
+    per batch and one per decoded token, reads the whole checkpoint. ``progress`` counts passes.
 
     Raises:
         CheckpointError: the base is missing or damaged, or cannot be streamed. (A damaged candidate is a failed check.)
     """
     base = Checkpoint.open(base_folder)
-    plan = make_plan(base, interventions, prefer)
+    plan = make_plan(base, interventions, prefer or manifest.preference(folder))
     layout = architectures.layout(base.config)
     reason = streaming.why_not(str(base_folder)) if stream else None
     if reason:
@@ -140,6 +145,25 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
         yield Check("files", False, None, None, str(error))
         return
     yield from check_tensors(found, base, plan, elsewhere=elsewhere, fitted=True)
+    if plan.rehoused_from:
+        yield from _tokenizer(folder, base)
+
+
+def _tokenizer(folder: Path, base: Checkpoint) -> Iterator[Check]:
+    """Whether the same text becomes the same tokens: which tokenizer class is loaded depends on the model type too."""
+    if not (base.folder / "tokenizer_config.json").exists():
+        return
+    before = load_tokenizer(base.folder)
+    text = _TEXT + "".join(before.all_special_tokens)
+    try:
+        after = load_tokenizer(folder)
+        same = before(text)["input_ids"] == after(text)["input_ids"] and before.pad_token_id == after.pad_token_id
+    except CheckpointError as error:
+        yield Check("tokenizer", False, None, None, str(error))
+        return
+    kinds = f"{type(before).__name__} of the base, {type(after).__name__} of the other class"
+    verdict = "the same tokens" if same else "other tokens; use the base's tokenizer, or bake with keep_class"
+    yield Check("tokenizer", same, None, None, f"{kinds}: {verdict}")
 
 
 # --- the candidate, in a fresh process

@@ -191,7 +191,7 @@ def test_a_class_without_a_bias_slot_refuses_shifts_and_takes_ablations(
     (copy / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
     base = Checkpoint.open(copy)
     with pytest.raises(NotFoldable, match="no bias"):
-        make_plan(base, [add("resid_post.1")])
+        make_plan(base, [add("resid_post.1")], "keep_class")  # another class would have one
     assert make_plan(base, [ablate("writes")]).edits
     assert make_plan(base, [add("resid_pre.0")]).edits
 
