@@ -15,6 +15,9 @@ from .errors import NotFoldable
 from .representations import KEPT, NEW, Base, Constant, Extra, Holding
 from .skeleton import Skeleton
 
+#: Edits, config changes, constants, new names, and for every old layer the new numbers of its halves.
+Numbered = tuple[tuple[Edit, ...], dict[str, Any], tuple[Constant, ...], dict[str, str], tuple[tuple[int, int], ...]]
+
 
 @dataclass
 class Draft:
@@ -73,9 +76,7 @@ class Draft:
             for one in names:
                 self.edits.setdefault(one, base.new(one, shape))
 
-    def numbered(
-        self,
-    ) -> tuple[tuple[Edit, ...], dict[str, Any], tuple[Constant, ...], dict[str, str], tuple[tuple[int, int], ...]]:
+    def numbered(self) -> Numbered:
         """Edits, config changes and constants under the final numbers of the layers, the new names, and those numbers.
 
         The last: for every old layer the new numbers of its first and its last half, where layers were inserted.

@@ -16,7 +16,7 @@ from . import architectures, registry
 from .affine import Affine, compose
 from .architectures import SLOTS
 from .checkpoint import Checkpoint, Edit
-from .draft import Draft, merge
+from .draft import Draft, Numbered, merge
 from .errors import CheckpointError, NotFoldable, RecipeError, did_you_mean
 from .houses import Housed, hosts, housed
 from .interventions import Intervention, in_forward_order
@@ -205,13 +205,26 @@ def _of_source(plan: Plan, claim: Housed, prefer: str) -> Plan:
 def _planned(base: Checkpoint, interventions: Iterable[Intervention], prefer: str) -> Plan:
     view = Base(base, architectures.layout(base.config))
     ordered = in_forward_order(interventions)
-    draft, decisions = choose(offers(view, ordered), view, prefer)
-    draft.complete()
-    edits, config_changes, constants, rename, moved = draft.numbered()
+    found = offers(view, ordered)
+    try:
+        decisions, numbered = _settled(found, view, prefer)
+    except NotFoldable:
+        # What each piece alone could be held by may not go together, or this config cannot count more layers.
+        others = [offer.without_layers() for offer in found]
+        if not all(offer.options for offer in others):
+            raise
+        decisions, numbered = _settled(others, view, prefer)
+    edits, config_changes, constants, rename, moved = numbered
     return Plan(
         str(base.config["model_type"]), tuple(ordered), tuple(decisions), edits, config_changes, prefer, constants,
         rename, moved,
     )  # fmt: skip
+
+
+def _settled(found: Iterable[Offer], base: Base, prefer: str) -> tuple[list[Decision], Numbered]:
+    draft, decisions = choose(found, base, prefer)
+    draft.complete()
+    return decisions, draft.numbered()
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,6 +236,10 @@ class Offer:
     piece: Piece
     options: Mapping[str, Holding]
     refused: Mapping[str, str]  # why other representations that are for such pieces do not hold it
+
+    def without_layers(self) -> Offer:
+        """The same piece, held by what adds no layer only."""
+        return replace(self, options={name: one for name, one in self.options.items() if one.extra is None})
 
 
 def offers(base: Base, ordered: Iterable[Intervention]) -> list[Offer]:
