@@ -73,8 +73,8 @@ class Affine:
         Expanding ``(I + L2 R2^T)((I + L1 R1^T) h + s1) + s2`` gives left ``[L1, L2]``, right ``[R1, R2 + R1 L1^T R2]``
         and shift ``s1 + L2 R2^T s1 + s2``.
         """
-        right = other.right + _product(self.right.T, _product(self.left, other.right))
-        moved = _product(other.left.T, _product(other.right, self.shift[:, None]))[:, 0]
+        right = other.right + product(self.right.T, product(self.left, other.right))
+        moved = product(other.left.T, product(other.right, self.shift[:, None]))[:, 0]
         return Affine(
             torch.cat([self.left, other.left], dim=1),
             torch.cat([self.right, right], dim=1),
@@ -115,7 +115,7 @@ def compose(affines: Iterable[Affine], width: int) -> Affine:
     return out
 
 
-def _product(one: Tensor, other: Tensor) -> Tensor:
+def product(one: Tensor, other: Tensor) -> Tensor:
     """``one^T other``, summed in an order that depends on nothing but the length: a plan is the same at any threads."""
     terms = one[:, :, None] * other[:, None, :]
     while len(terms) > 1:

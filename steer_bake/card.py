@@ -67,6 +67,7 @@ def render(
             edits=found.content["plan"]["edits"],
             config_changes=found.content["plan"]["config_changes"],
             model_type=found.content["plan"]["model_type"],
+            approximate=any(one.get("approximate") for one in found.content["plan"]["decisions"]),
             rehoused_from=found.content["plan"].get("rehoused_from"),
             recipe=recipe,
             fence=_fence(recipe or ""),

@@ -153,9 +153,9 @@ def extract(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_
 
 _prefer = click.option(
     "--prefer", default="smallest", show_default=True,
-    metavar="smallest|bit_exact|widest_loading|keep_class|rehouse[:TYPE]",
-    help="What to prefer where several ways to hold a vector are exact; rehouse takes another model class (docs: "
-    "how it works).",
+    metavar="smallest|bit_exact|widest_loading|keep_class|rehouse[:TYPE]|approximate",
+    help="What to prefer where several ways to hold a vector are exact; rehouse takes another model class, "
+    "approximate what is only close where nothing is exact.",
 )  # fmt: skip
 
 _VECTOR_OPTIONS = ("vector", "sites", "from_site", "name", "coefficient", "units")

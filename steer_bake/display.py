@@ -68,9 +68,12 @@ def plan(found: Plan, json_wanted: bool, *, sketch: bool = False) -> None:
         return
     rows = [(row["write"], row["part"], row["representation"], ", ".join(row["for"])) for row in content["decisions"]]
     _print(_table(["write", "part", "held by", "for"], rows))
+    noted: dict[tuple[str, str], list[str]] = {}
     for row in content["decisions"]:
         if row["note"]:
-            click.echo(f"{row['representation']} ({row['write']}): {row['note']}")
+            noted.setdefault((row["representation"], row["note"]), []).append(row["write"])
+    for (name, text), writes in noted.items():
+        click.echo(f"{name} ({writes[0]}{f' and {len(writes) - 1} more' if writes[1:] else ''}): {text}")
     new = sum(edit["from"] is None for edit in content["edits"])
     click.echo(f"{len(content['edits'])} tensors: {new} new, {len(content['edits']) - new} edited")
     for key, value in content["config_changes"].items():

@@ -36,6 +36,7 @@ class Decision:
     parameters: int = 0  # that it adds to the model
     layers: int = 0
     others: tuple[str, ...] = ()  # representations that would be exact as well
+    approximate: bool = False
     note: str = ""
 
 
@@ -60,6 +61,11 @@ class Plan:
         """True where no matrix of the base is edited: the file then holds the hooks' constants, rounded, only."""
         return not self.restated and all(edit.source is None or len(edit.shape) == 1 for edit in self.edits)
 
+    @property
+    def is_approximate(self) -> bool:
+        """True where some write is not changed as the hooks change it; only ever because it was asked for."""
+        return any(decision.approximate for decision in self.decisions)
+
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values, for ``plan.json`` and for comparing two plans."""
         return {
@@ -75,6 +81,7 @@ class Plan:
                     "parameters": d.parameters,
                     "layers": d.layers,
                     "others": list(d.others),
+                    **({"approximate": True} if d.approximate else {}),
                     "note": d.note,
                 }
                 for d in self.decisions
@@ -129,6 +136,8 @@ PREFERENCES: dict[str, Callable[[int, Holding], tuple[int, ...]]] = {
 }
 #: The preference for another model class: any, or the one named behind a colon.
 REHOUSE = "rehouse"
+#: The preference that accepts, where nothing is exact, what is only close.
+APPROXIMATE = "approximate"
 
 
 def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: str = "smallest") -> Plan:
@@ -138,7 +147,9 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
     hook's own rounding in the storage dtype, ``"widest_loading"`` what most runtimes implement, ``"keep_class"`` the
     smallest that keeps the declared model class. All of these stay within that class as long as it has room: another
     one is looked for where nothing else is exact (never under ``"keep_class"``), or where it is asked for, as
-    ``"rehouse"`` or ``"rehouse:llama"``. It takes a second, for both classes are run and compared.
+    ``"rehouse"`` or ``"rehouse:llama"``. It takes a second, for both classes are run and compared. ``"approximate"`` is
+    ``"smallest"``, and where nothing is exact takes what is close to the intervention: the plan and the certificate say
+    so, and how close it is. It reads the weights of the norms concerned.
 
     Raises:
         NotFoldable: a site and operation without an exact home; the message says which would work.
@@ -146,8 +157,9 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
         UnknownArchitecture: no file in architectures/ claims the model type.
     """
     asked, _, host = prefer.partition(":")
-    if asked != REHOUSE and prefer not in PREFERENCES:
-        raise RecipeError(f"unknown preference {prefer!r}: {did_you_mean(prefer, (*PREFERENCES, REHOUSE))}")
+    if asked != REHOUSE and prefer not in (*PREFERENCES, APPROXIMATE):
+        known = (*PREFERENCES, REHOUSE, APPROXIMATE)
+        raise RecipeError(f"unknown preference {prefer!r}: {did_you_mean(prefer, known)}")
     wanted = tuple(interventions)
     if asked == REHOUSE:
         return _rehoused(base, wanted, prefer, host)
@@ -159,6 +171,8 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
         try:
             return _rehoused(base, wanted, prefer)
         except NotFoldable:
+            if prefer == APPROXIMATE:
+                return _planned(base, wanted, prefer, approximate=True)
             raise refusal from None
 
 
@@ -202,8 +216,10 @@ def _of_source(plan: Plan, claim: Housed, prefer: str) -> Plan:
     )
 
 
-def _planned(base: Checkpoint, interventions: Iterable[Intervention], prefer: str) -> Plan:
-    view = Base(base, architectures.layout(base.config))
+def _planned(
+    base: Checkpoint, interventions: Iterable[Intervention], prefer: str, *, approximate: bool = False
+) -> Plan:
+    view = Base(base, architectures.layout(base.config), approximate)
     ordered = in_forward_order(interventions)
     found = offers(view, ordered)
     try:
@@ -270,13 +286,18 @@ def choose(found: Iterable[Offer], base: Base, prefer: str, only: str = "") -> t
     draft, decisions = Draft(base), []
     for offer in found:
         sizes = {name: draft.size(holding) for name, holding in offer.options.items()}
-        ranks = {name: PREFERENCES[prefer](sizes[name], holding) for name, holding in offer.options.items()}
+        rank = PREFERENCES.get(prefer, PREFERENCES["smallest"])
+        ranks = {name: rank(sizes[name], holding) for name, holding in offer.options.items()}
         name = only if only in offer.options else min(ranks, key=ranks.__getitem__)
         others = tuple(one for one in offer.options if one != name)
         holding = offer.options[name]
         layers = int(holding.extra is not None)
         part = offer.piece.part
-        decisions.append(Decision(offer.write, part, name, offer.because, sizes[name], layers, others, holding.note))
+        decisions.append(
+            Decision(
+                offer.write, part, name, offer.because, sizes[name], layers, others, holding.approximate, holding.note
+            )
+        )
         draft.add(holding)
     return draft, decisions
 

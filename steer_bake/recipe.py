@@ -81,9 +81,9 @@ class Intervention(_Section):
 class Target(_Section):
     name: str = "checkpoint"
     # where several representations are exact; keep_class also rules out a model class other than the base's
-    prefer: Annotated[str, Field(pattern=r"^(smallest|bit_exact|widest_loading|keep_class|rehouse(:\w+)?)$")] = (
-        "smallest"
-    )
+    prefer: Annotated[
+        str, Field(pattern=r"^(smallest|bit_exact|widest_loading|keep_class|approximate|rehouse(:\w+)?)$")
+    ] = "smallest"
 
 
 class Validate(_Section):

@@ -38,6 +38,7 @@ class Base:
 
     checkpoint: Checkpoint
     layout: Layout
+    approximate: bool = False  # whether what is only close to an intervention is asked for
 
     @property
     def layers(self) -> int:
@@ -106,6 +107,12 @@ class Base:
             if own and block.alone:
                 break
         return found
+
+    def inner(self, writer: Writer) -> list[Writer]:
+        """The weights before a norm that ends a sublayer: those that ``writer``, the norm's, multiplies."""
+        prefix = writer.tensor.removesuffix(writer.weight.name)
+        names = [name for name in self.checkpoint.tensors if name.startswith(prefix)]
+        return [one for weight in writer.block.inner for one in self._found(writer.block, weight, prefix, names)]
 
     def _has_module(self, path: str) -> bool:
         """Whether the class has parameters at ``path``."""
@@ -217,4 +224,5 @@ class Holding:
     extra: Extra | None = None
     bit_exact: bool = False  # in the storage dtype too, it performs the hook's own addition
     demands: int = 0  # 1: runtimes must implement a bias that this family usually has not; 2: a class of another family
+    approximate: bool = False  # it is close to the intervention, and the certificate says how close
     note: str = ""  # what the plan should say of it
