@@ -92,7 +92,9 @@ def test_a_misspelt_verb_is_met_with_the_right_one() -> None:
 
 
 def test_python_dash_m_is_the_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "steer_bake", "--version"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-m", "steer_bake", "--version"], capture_output=True, text=True, timeout=600
+    )
     assert (done.returncode, done.stdout.strip()) == (0, f"steer-bake, version {__version__}")
 
 
