@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from . import reload_worker
 from .activations import collect
 from .affine import Affine, compose
-from .architectures import Layout
+from .architectures import Layout, submodule
 from .checkpoint import Checkpoint, recompute
 from .checks import Check
 from .errors import CheckpointError
@@ -120,10 +120,12 @@ class Comparison:
     floor: Distance = field(default_factory=Distance)  # float32 hooks to hooks in that dtype
     readings: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)  # mean |h| of the base where something is added
+    missing: dict[int, float] = field(default_factory=dict)  # by layer: what squares lack of the vector, at worst
 
     def run(self) -> None:
         with self._model("float32") as model:
             self._measure_norms(model)
+            self._measure_squares(model)
             self._float32(model)
         if "storage" in self.loaded:
             with self._model(storage_dtype(self.base)) as model, steer(model, self.plan.interventions):
@@ -181,6 +183,25 @@ class Comparison:
             found = collect(model, self.layout, ends, ["all"] * len(ends), ordered)
             self.norms = {site: statistics["all"].norm for site, statistics in found.items()}
 
+    def _measure_squares(self, model: PreTrainedModel) -> None:
+        """``eps / (ms + eps)`` of the base's stream behind each layer where squares hold a vector, over one batch."""
+        layers = [int(one.write.rpartition(".")[2]) for one in self.plan.decisions if one.representation == "squares"]
+        if not layers:
+            return
+        eps = float(self.layout.text.rms_norm_eps)
+        with ExitStack() as stack:
+            for layer in layers:
+
+                def behind(_module: Any, _args: Any, output: Any, layer: int = layer) -> None:
+                    h = output[0] if isinstance(output, (tuple, list)) else output
+                    least = float(h.float().square().mean(-1).min())
+                    self.missing[layer] = max(self.missing.get(layer, 0.0), eps / (least + eps))
+
+                module = submodule(model, self.layout.layer(layer))
+                stack.callback(module.register_forward_hook(behind).remove)
+            for row in self.job["batches"][0]:  # one by one: of padding nothing is asked
+                reload_worker.logits(model, [row], self.job["pad_id"])
+
     def described(self, intervention: Intervention) -> Mapping[str, Any]:
         """The intervention with its dose: the length added over the mean |h| at the prompts' last tokens."""
         norm = self.norms.get(intervention.site)
@@ -213,6 +234,13 @@ class Comparison:
                 f"|r.h - expected| / |h| is {value:.1e} at worst, at the {probe['side']} of {probe['module']}",
             )  # fmt: skip
         effect = self.effect.gap()
+        for layer, share in self.missing.items():
+            limit = CONSTANTS_TOLERANCE / effect.max_over_std if effect.max_over_std else 0.0
+            yield Check(
+                f"squares (layer {layer})", share <= limit, share, limit,
+                f"eps / (ms + eps) of the stream: {share:.1e} of the vector is missing at worst"
+                + ("" if share <= limit else f"; the stream is too quiet behind layer {layer}, choose a later one"),
+            )  # fmt: skip
         felt = effect.max_over_std >= LEAST_EFFECT
         yield Check(
             "effect", felt, effect.max_over_std, LEAST_EFFECT,

@@ -22,6 +22,7 @@ from steer_bake.representations import Base
 from steer_bake.sites import Site
 from steer_bake.steering import steer
 from steer_bake.targets.checkpoint import checkpoint
+from steer_bake.validate import validate
 
 from . import conformance, zoo
 from .conformance_report import CELLS, DOCUMENT, as_json, document, holds, kind, stored
@@ -161,6 +162,20 @@ def test_what_squares_lack_is_the_share_of_epsilon(tmp_path: Path, worker: confo
     assert outcomes[1e-12].gap < 5e-6
 
 
+@pytest.mark.parametrize(("eps", "passes"), [(1e-4, False), (1e-12, True)])
+def test_the_certificate_says_what_squares_lack_and_fails_where_that_is_much(
+    eps: float, passes: bool, tmp_path: Path
+) -> None:
+    zoo.save("phi3", tmp_path / "base", rms_norm_eps=eps)
+    base, wanted = Checkpoint.open(tmp_path / "base"), add(zoo.WIDTH, 1, 4.0)
+    out = checkpoint(make_plan(base, wanted), base, ModelRef("base", base.folder), tmp_path / "out")
+    report = validate(out, base.folder, wanted, zoo.ids(12, batch=3).tolist(), pad_id=zoo.PAD, decode_tokens=4)
+    check = next(check for check in report.checks if check.name == "squares (layer 1)")
+    assert check.value is not None
+    assert 0.1 * eps < check.value < 1e3 * eps
+    assert (check.passed, report.passed) == (passes, passes), report.checks
+
+
 # --- what must not be believed
 
 
@@ -187,7 +202,10 @@ def test_a_layer_of_a_kind_that_cannot_stand_there_is_not_inserted(tmp_path: Pat
     zoo.save("lfm2_moe", tmp_path)
     opened = Checkpoint.open(tmp_path)
     plan = make_plan(opened, add(zoo.WIDTH, 1, 1.0))
-    assert plan.order[2] != 0  # the dense layers come first; another one would make a sparse one dense
+    kept = {number for halves in plan.moved for number in halves}
+    [new] = {*range(plan.layers_after(zoo.LAYERS))} - kept
+    # the dense layers come first; another one of them would make a sparse one dense
+    assert any(f".layers.{new}." in edit.tensor and "experts" in edit.tensor for edit in plan.edits)
     assert plan.config_changes["layer_types"][:2] == opened.config["layer_types"][:2]
 
 
