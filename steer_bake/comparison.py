@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from . import reload_worker
@@ -28,6 +28,7 @@ from .errors import CheckpointError
 from .interventions import Intervention
 from .plan import Plan, describe
 from .prompts import Encoded
+from .representations.squares import missing
 from .sites import Site
 from .steering import steer
 
@@ -188,16 +189,15 @@ class Comparison:
         layers = [int(one.write.rpartition(".")[2]) for one in self.plan.decisions if one.representation == "squares"]
         if not layers:
             return
-        eps = float(self.layout.text.rms_norm_eps)
         with ExitStack() as stack:
             for layer in layers:
-
-                def behind(_module: Any, _args: Any, output: Any, layer: int = layer) -> None:
-                    h = output[0] if isinstance(output, (tuple, list)) else output
-                    least = float(h.float().square().mean(-1).min())
-                    self.missing[layer] = max(self.missing.get(layer, 0.0), eps / (least + eps))
-
                 module = submodule(model, self.layout.layer(layer))
+                norm = module.get_submodule(self.layout.architecture.middle)
+
+                def behind(_: Any, __: Any, output: Any, layer: int = layer, norm: nn.Module = norm) -> None:
+                    share = float(missing(norm, output[0] if isinstance(output, (tuple, list)) else output).max())
+                    self.missing[layer] = max(self.missing.get(layer, 0.0), share)
+
                 stack.callback(module.register_forward_hook(behind).remove)
             for row in self.job["batches"][0]:  # one by one: of padding nothing is asked
                 reload_worker.logits(model, [row], self.job["pad_id"])
@@ -272,9 +272,10 @@ class Comparison:
         # Small divergences are squared distances: two that are independent of each other add up under the root at most.
         limit = NOISE_MARGIN * (floor**0.5 + known**0.5) ** 2
         besides = f", approximation {known:.2e}" if known else ""
+        besides += f" (ratio {NOISE_MARGIN * kl / limit:.2f})" if limit else ""
         return Check(
             "function, storage dtype", kl <= limit, kl, limit,
-            f"KL(hooks || file) {kl:.2e}, noise floor {floor:.2e}{besides} (ratio {NOISE_MARGIN * kl / limit:.2f})",
+            f"KL(hooks || file) {kl:.2e}, noise floor {floor:.2e}{besides}",
         )  # fmt: skip
 
 

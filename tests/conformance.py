@@ -34,6 +34,7 @@ from steer_bake.errors import NotFoldable, UnknownArchitecture
 from steer_bake.interventions import Intervention, intervene
 from steer_bake.models import ModelRef
 from steer_bake.plan import Plan, make_plan
+from steer_bake.representations.squares import missing
 from steer_bake.sites import Site
 from steer_bake.skeleton import is_tied
 from steer_bake.steering import steer
@@ -243,15 +244,14 @@ class Bench:
         squares = {name for one in plan.decisions if one.representation == "squares" for name in one.interventions}
         if not squares:
             return None, None
-        eps = float(self.layout.text.rms_norm_eps)
         shares = []
 
         def hook(shift: Tensor) -> Callable[..., Any]:
-            def after(_module: Any, _args: Any, output: Any) -> Any:
+            def after(module: Any, _args: Any, output: Any) -> Any:
                 h = output[0] if isinstance(output, (tuple, list)) else output
-                ms = h.float().square().mean(-1, keepdim=True)
-                shares.append(float((eps / (ms + eps)).max()))
-                h = h + shift * (ms / (ms + eps))
+                lacking = missing(module.get_submodule(self.layout.architecture.middle), h)
+                shares.append(float(lacking.max()))
+                h = h + shift * (1 - lacking)
                 return type(output)((h, *output[1:])) if isinstance(output, (tuple, list)) else h
 
             return after

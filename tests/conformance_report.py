@@ -63,14 +63,42 @@ def line(model_type: str, cells: Cells) -> str:
 
 
 def write(found: Mapping[str, Cells]) -> None:
-    """The stored JSON, one line per type, and the document."""
-    rows = (f"  {json.dumps(name)}: {json.dumps(cells)}" for name, cells in sorted(found.items()))
-    STORED.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-    DOCUMENT.write_text(document(found))
+    """The stored JSON, one line per type, each reason for a refusal once; and the document."""
+    reasons = _reasons(found)
+    rows = (
+        f"    {json.dumps(name)}: {json.dumps(_numbered(name, cells, reasons))}"
+        for name, cells in sorted(found.items())
+    )
+    texts = (f"    {json.dumps(reason)}" for reason in reasons)
+    STORED.write_text(
+        '{\n  "reasons": [\n' + ",\n".join(texts) + '\n  ],\n  "types": {\n' + ",\n".join(rows) + "\n  }\n}\n"
+    )
+    DOCUMENT.write_text(document(stored()))
+
+
+def _numbered(model_type: str, cells: Cells, reasons: Mapping[str, int]) -> dict[str, Any]:
+    return {
+        name: {
+            cell: {"refused": reasons[_reason(model_type, one["refused"])]} if "refused" in one else one
+            for cell, one in outcomes.items()
+        }
+        for name, outcomes in cells.items()
+    }
 
 
 def stored() -> dict[str, Cells]:
-    found: dict[str, Cells] = json.loads(STORED.read_text())
+    content = json.loads(STORED.read_text())
+    reasons = content["reasons"]
+    found: dict[str, Cells] = {
+        model_type: {
+            name: {
+                cell: {"refused": reasons[one["refused"] - 1]} if "refused" in one else one
+                for cell, one in outcomes.items()
+            }
+            for name, outcomes in cells.items()
+        }
+        for model_type, cells in content["types"].items()
+    }
     return found
 
 
@@ -139,7 +167,8 @@ def _reason(model_type: str, text: str) -> str:
     inner = zoo.COMPOSITES.get(model_type, (model_type,))[0]
     for name in sorted({model_type, inner}, key=len, reverse=True):
         text = re.sub(rf"\b(an? |the )?{re.escape(name)} ", "the ", text)
-    text = re.sub(r"projection at \S+", "projection at a writer", text)
+    text = re.sub(r"projection at \S+ is", "projection at a writer is", text.replace("at a writer is", "at X is"))
+    text = re.sub(r"model type '\S+' (is not described[^.]*)\..*", r"the type \1", text)
     return re.sub(r"(resid_\w+|attn_out|mlp_out)\.\d+", r"\1.L", text)
 
 

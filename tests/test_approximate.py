@@ -69,8 +69,11 @@ def test_nothing_of_the_direction_reaches_the_stream(model_type: str, tmp_path: 
     assert all(check.passed for check in streams), streams
 
 
-@pytest.mark.parametrize("model_type", TYPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("model_type", "dtype"),
+    [*((one, torch.float32) for one in TYPES), ("gemma2", torch.bfloat16), ("olmo2", torch.bfloat16)],
+    ids=str,
+)
 def test_the_certificate_says_how_far_off_it_is_and_passes_only_where_that_is_little(
     model_type: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -123,7 +126,7 @@ def test_it_is_closer_than_the_edit_that_ignores_the_norm(tmp_path: Path) -> Non
         hooked = model(input_ids=tokens).logits
     for name, edits in {"folded": plan.edits, "naive": naive}.items():
         (tmp_path / name).mkdir()
-        write_edited(base, edits, tmp_path / name)
+        write_edited(base, edits, tmp_path / name, config_changes={})
         baked, problems = load_strict(str(tmp_path / name), "float32")
         assert not problems
         with torch.no_grad():

@@ -404,7 +404,7 @@ def test_sinks_of_an_inserted_layer_weigh_nothing_either(tmp_path: Path) -> None
     zoo.save("mistral", tmp_path, sliding_window=WINDOW)
     claim = housed(Checkpoint.open(tmp_path), granite_swa)
     plan = make_plan(claim.base, [adding("resid_pre.0", 1.0)], "bit_exact")
-    assert plan.order
+    assert plan.moved
     edits = {edit.tensor: edit for edit in claim.edits(plan.edits, plan.rename)}
     sinks = [name for name in edits if name.endswith(".sinks")]
     assert len(sinks) == zoo.LAYERS + 1
@@ -417,7 +417,7 @@ def test_a_layer_inserted_into_the_other_class_adds_its_vector_too(tmp_path: Pat
     wanted = [adding("resid_pre.0", 0.5), adding("resid_post.2", 3.0, 5)]
     plan = make_plan(Checkpoint.open(tmp_path / "base"), wanted, "bit_exact")
     assert plan.model_type == "granite_swa"
-    assert plan.order
+    assert plan.moved
     baked = load(bake(tmp_path / "base", tmp_path / "out", wanted, "bit_exact"))
     tokens = zoo.ids(20, batch=2)
     with steer(model, wanted):
@@ -436,6 +436,7 @@ def test_the_rules_that_claim_a_model_are_found_in_the_folder(tmp_path: Path) ->
     assert [rule.__name__ for rule in hosts(Checkpoint.open(tmp_path))] == ["granite_swa", "llama"]
 
 
+@pytest.mark.tampered
 def test_the_certificate_compares_the_tokenizers_of_a_rehoused_folder(qwen: Path, tmp_path: Path) -> None:
     def tokenizer_check(name: str) -> Check:
         out = bake(qwen, tmp_path / name, wanted, "rehouse:llama")

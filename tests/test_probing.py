@@ -24,7 +24,7 @@ DESCRIBED = (
     *("llama", "qwen2", "qwen3_moe", "mixtral", "gemma2", "olmo2", "granite", "cohere", "phi", "falcon", "bloom"),
     *("gpt2", "gpt_neox", "gptj", "opt", "mpt", "mamba", "falcon_h1", "bamba", "bert", "bart", "dbrx", "minicpm3"),
 )
-UNCLAIMED = ("olmo_hybrid", "rwkv", "xmod", "zaya", "minimax", "inkling_text")
+UNCLAIMED = ("rwkv", "xmod", "zaya", "minimax", "inkling_text")
 OFTEN = 0.9
 
 

@@ -22,10 +22,8 @@ _RIDGES = (0.0, *(10.0**power for power in range(-6, 5)))
 
 def behind_norm(piece: Piece, base: Base) -> Holding | None:
     writer = piece.writer
-    if piece.part != "weight" or writer is None or not writer.block.inner:
+    if not base.approximate or piece.part != "weight" or writer is None or not writer.block.inner:
         return None
-    if not base.approximate:
-        raise NotFoldable("--prefer approximate edits the tensors before the norm, and measures how far off that is")
     norm = base.checkpoint.read(writer.tensor).double() + writer.weight.offset
     folded = _folded(piece.affine.without_shift(), norm)
     edits = []

@@ -11,9 +11,10 @@ def rank_one(piece: Piece, base: Base) -> Holding | None:
     if piece.part not in ("weight", "bias") or writer is None:
         return None
     if writer.block.rigid:
+        close = ", and --prefer approximate comes close and measures how close" if writer.block.inner else ""
         raise NotFoldable(
             f"a projection at {writer.tensor} is no edit of any tensor of a {base.layout.model_type} model: "
-            f"{writer.block.rigid}. Adding a vector works"
+            f"{writer.block.rigid}. Adding a vector works{close}"
         )
     linear = piece.affine.without_shift()
     if piece.part == "weight":

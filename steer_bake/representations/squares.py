@@ -8,6 +8,9 @@ What is missing of the vector is the share ``eps / ms``: nothing from the second
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
 
 from ..affine import Affine
 from ..architectures import Weight, gates
@@ -39,6 +42,24 @@ def squares(piece: Piece, base: Base) -> Holding | None:
     )
 
 
+def missing(norm: nn.Module, h: Tensor) -> Tensor:
+    """The share of the vector that squares lack at ``h`` [..., d], read through the layer's ``norm``: [..., 1].
+
+    ``eps / (ms + eps)``; of a LayerNorm, which subtracts the mean, ``ms`` is the variance.
+    """
+    x = h.float()
+    if isinstance(norm, nn.LayerNorm):
+        x = x - x.mean(-1, keepdim=True)
+    eps = epsilon(norm)
+    return eps / (x.square().mean(-1, keepdim=True) + eps)
+
+
+def epsilon(owner: Any) -> float:
+    """The epsilon of a norm, or of the norms that a config speaks of."""
+    names = ("eps", "variance_epsilon", "epsilon", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
+    return next(float(value) for name in names if isinstance(value := getattr(owner, name, None), float))
+
+
 def _filled(down: Weight, affine: Affine, layer: Inserted) -> Filled | None:
     base, width = layer.base, layer.base.layout.width
     architecture, text = base.layout.architecture, base.layout.text
@@ -59,7 +80,7 @@ def _filled(down: Weight, affine: Affine, layer: Inserted) -> Filled | None:
         tensors |= {one: _signs(base, shape, neurons) for one, shape in shapes.items()}
         column = base.new("", shape, affine.divided_by(scale * width))
         tensors[name] = replace(column, axis=0, only=(0, 2 * width))
-    note = f"its share eps / ms(x) is missing, eps = {getattr(text, 'rms_norm_eps', 'of the norm')}"
+    note = f"its share eps / ms(x) is missing, eps = {epsilon(text)}"
     return Filled(tensors, names[0], scale * width, note=note)
 
 
