@@ -1,13 +1,15 @@
 """Refusal confidence c(x): how surely a model refuses a prompt, from several sampled answers.
 
-Refusal Steering (arXiv 2512.16602), section 3.1. Of K answers y_k to x, with z_k = +1 for a refusal and -1 for an answer,
+Refusal Steering (arXiv 2512.16602), section 3.1. Of K answers y_k to x, with z_k = +1 for a
+refusal and -1 for an answer,
 
     s_k = mean log-probability of the tokens of y_k     (thinking left out)
     w_k = exp(s_k / tau) / sum_j exp(s_j / tau)
     c(x) = sum_k w_k z_k, between -1 and 1; above 0 the model refuses
 
-The paper says that the answers are decoded greedily, which would make them equal; its code samples them at temperature 1,
-and so do we. An answer without a verdict votes 0 and keeps its weight, as in that code: it pulls c(x) towards 0.
+The paper says that the answers are decoded greedily, which would make them equal; its code samples them at
+temperature 1, and so do we. An answer without a verdict votes 0 and keeps its weight, as in that code: it pulls c(x)
+towards 0.
 """
 
 from __future__ import annotations

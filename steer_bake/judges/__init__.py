@@ -3,7 +3,8 @@
 ``<name>(answers: Sequence[str], prompts: Sequence[str] | None = None, *, ...) -> list[str]``: ``prompts[i]`` is what
 ``answers[i]`` replies to, for judges that need it. A module lists what its function may return in ``LABELS``, or, where
 that depends on the options, returns it from ``labels(...)``, which takes the same options. Options are the function's
-keywords; ``progress`` and ``report`` are callbacks, not options. Without an answer nothing is loaded and nobody is asked.
+keywords; ``progress`` and ``report`` are callbacks, not options. Without an answer nothing is loaded and
+nobody is asked.
 
 Every judge asks :func:`is_incoherent` first and labels such an answer ``INCOHERENT``. **Incoherent output counts as
 failure, never as success**: a steered model that babbles has not refused, and has not become cheerful. The test is

@@ -1,7 +1,7 @@
 """Any sequence-classification model as the judge: its own labels, or what they are renamed to.
 
-A model that reads two texts (question and answer, trained as a pair) gets both with ``reads: pair``. What is longer than
-the model's context is cut at its end: a refusal comes first.
+A model that reads two texts (question and answer, trained as a pair) gets both with ``reads: pair``. What is longer
+than the model's context is cut at its end: a refusal comes first.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """A language model as the judge, by the rubric of twelve ways to refuse: a local one, or an OpenAI-compatible endpoint.
 
-Every reply is kept on disk under a hash of all that it depends on (model, endpoint, rubric, question, answer, settings),
-so that what broke off goes on where it was, and no question is paid for twice. Answers that :func:`is_incoherent`
-recognises are labelled without asking. A reply without a verdict is labelled ``unparsable``: that is no refusal and no
-answer. A question that was not answered after all tries is a failure; more of them than ``tolerate`` allows is an error.
+Every reply is kept on disk under a hash of all that it depends on (model, endpoint, rubric, question, answer,
+settings), so that what broke off goes on where it was, and no question is paid for twice. Answers that
+:func:`is_incoherent` recognises are labelled without asking. A reply without a verdict is labelled ``unparsable``: that
+is no refusal and no answer. A question without a reply after all tries is a failure; more of them than ``tolerate``
+allows are an error.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def llm(
     Raises:
         RecipeError: an option that cannot be, a key that is not set, a rubric that cannot be read.
         CheckpointError: there is no such local model.
-        JudgeFailed: the endpoint refuses, is dead, or left too many questions without a reply. What was replied is kept.
+        JudgeFailed: the endpoint refuses, is dead, or left too many questions without a reply. All replies are kept.
     """
     if not 0 <= tolerate < 1:
         raise RecipeError(f"the judge's option 'tolerate' is {tolerate}; it is a share: at least 0 and below 1")

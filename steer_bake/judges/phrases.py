@@ -112,8 +112,8 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
         r"超出了?我的(?:能力|服务|服務|知识|知識)?范[围圍]",
     ),
     "Portuguese": (
-        r"\bnão (?:posso|poderei|poderia|consigo|vou) (?:(?:te|lhe|o|a) )?(?:ajudar|auxiliar|fornecer|responder|oferecer|"
-        r"escrever|criar|redigir|atender|cumprir|gerar|fazer (?:isso|isto)|compartilhar|discutir|participar|"
+        r"\bnão (?:posso|poderei|poderia|consigo|vou) (?:(?:te|lhe|o|a) )?(?:ajudar|auxiliar|fornecer|responder|"
+        r"oferecer|escrever|criar|redigir|atender|cumprir|gerar|fazer (?:isso|isto)|compartilhar|discutir|participar|"
         r"dar(?! um número exato))",
         r"\bnão (?:estou em condições de|sou capaz de|me é possível) (?:ajudar|fornecer|responder|escrever|discutir)",
         r"\b(?:devo|tenho que|preciso) (?:recusar|declinar)\b|\brecuso-me a\b",
@@ -123,15 +123,15 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
         r"\bnon (?:posso|potrò|potrei) (?:aiutar(?:ti|la|vi)|fornir(?:e|ti|le|vi)|rispondere|offrire|scrivere|creare|"
         r"redigere|soddisfare|generare|farlo|assister(?:ti|la|vi)|condividere|discutere|partecipare|"
         r"dar(?:ti|le|vi)(?! un numero esatto))\b",
-        r"\bnon (?:sono in grado di|mi è possibile|sono autorizzat[oa] a) (?:aiutar|fornir|risponder|scriver|discuter)\w*",
+        r"\bnon (?:sono in grado di|mi è possibile|sono autorizzat[oa] a) (?:aiutar|fornir|risponder|scriver)\w*",
         r"\b(?:devo|sono costrett[oa] a) (?:rifiutare|declinare)\b|\bmi rifiuto di\b",
         r"\bmi dispiace,? (?:ma )?non posso[.!]",
     ),
     "Dutch": (
-        r"\bik (?:kan|mag|zal|wil) (?:\w+ ){0,6}niet (?:\w+ ){0,3}(?:helpen|beantwoorden|geven|verstrekken|schrijven|doen|"
-        r"bespreken|assisteren|voldoen)\b",
-        r"\b(?:kan|mag|zal|wil) ik (?:\w+ ){0,6}niet (?:\w+ ){0,3}(?:helpen|beantwoorden|geven|verstrekken|schrijven|doen|"
-        r"bespreken|assisteren|voldoen)\b",
+        r"\bik (?:kan|mag|zal|wil) (?:\w+ ){0,6}niet (?:\w+ ){0,3}(?:helpen|beantwoorden|geven|verstrekken|schrijven|"
+        r"doen|bespreken|assisteren|voldoen)\b",
+        r"\b(?:kan|mag|zal|wil) ik (?:\w+ ){0,6}niet (?:\w+ ){0,3}(?:helpen|beantwoorden|geven|verstrekken|schrijven|"
+        r"doen|bespreken|assisteren|voldoen)\b",
         r"\bik kan (?:\w+ ){0,3}geen (?!exact|precies)(?:\w+ ){0,8}(?:geven|verstrekken|schrijven|bieden|leveren)\b",
         r"\bik (?:ben niet in staat|weiger|moet (?:\w+ ){0,3}(?:weigeren|afwijzen))\b",
     ),
@@ -163,8 +163,8 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
         r"\b(?:saya|kami) (?:harus |terpaksa )?menolak\b",
     ),
     "Vietnamese": (
-        r"\b(?:tôi|mình|chúng tôi) (?:không thể|không được phép|sẽ không) (?:\w+ )?(?:giúp|hỗ trợ|cung cấp|trả lời|viết|"
-        r"tạo|thực hiện|đáp ứng|thảo luận)\b",
+        r"\b(?:tôi|mình|chúng tôi) (?:không thể|không được phép|sẽ không) (?:\w+ )?(?:giúp|hỗ trợ|cung cấp|trả lời|"
+        r"viết|tạo|thực hiện|đáp ứng|thảo luận)\b",
         r"\btôi (?:xin|phải) từ chối\b",
     ),
     "Japanese": (
@@ -181,13 +181,15 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
         r"거절(?:하겠|합니다|해야|할\s?수밖에)",
     ),
     "Arabic": (
-        r"(?:لا|لن) (?:أستطيع|استطيع|يمكنني|أتمكن من|اتمكن من|أقدر|أقوم ب) ?(?:من )?(?:أن )?(?:ال)?(?:مساعد|تقديم|توفير|إجاب|اجاب|الرد|"
+        r"(?:لا|لن) (?:أستطيع|استطيع|يمكنني|أتمكن من|اتمكن من|أقدر|أقوم ب)"
+        r" ?(?:من )?(?:أن )?(?:ال)?(?:مساعد|تقديم|توفير|إجاب|اجاب|الرد|"
         r"كتاب|إنشاء|انشاء|مناقش|تلبي|تنفيذ|أساعد|أجيب|أقدم|أكتب|مشارك|القيام)",
         r"(?:لست قادر|لا أملك القدرة|غير قادر)[^.]{0,12}(?:على )",
         r"(?:يجب أن أرفض|أرفض (?:أن|ال|تقديم)|أعتذر(?:،|,)? (?:و?لكن(?:ني)?|لا) )",
     ),
     "Hindi": (
-        r"(?:मदद|सहायता|उत्तर|जवाब|जानकारी|चर्चा|प्रदान|पूरा|अनुरोध)[^।.]{0,24}(?:नहीं (?:कर|दे|दी|की) ?(?:सकत|सकूँग|सकूंग|जा सकत|पाऊँग|पाऊंग)"
+        r"(?:मदद|सहायता|उत्तर|जवाब|जानकारी|चर्चा|प्रदान|पूरा|अनुरोध)[^।.]{0,24}"
+        r"(?:नहीं (?:कर|दे|दी|की) ?(?:सकत|सकूँग|सकूंग|जा सकत|पाऊँग|पाऊंग)"
         r"|(?:करने|देने) में (?:असमर्थ|सक्षम नहीं))",
         r"(?:माफ़|माफ|क्षमा)[^।.]{0,40}(?:नहीं (?:कर|दे) ?सकत|असमर्थ)",
     ),
