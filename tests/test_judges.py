@@ -277,11 +277,11 @@ def test_a_classifier_gives_its_own_labels_or_ours(options: dict[str, dict[str, 
 
 def test_a_classifier_reads_question_and_answer(options: dict[str, dict[str, Any]]) -> None:
     folder = options["classifier"]["model"]
-    swapped = classifier(["Fine."], ["I'm sorry, but I can't assist with that."], model=folder, reads="pair")
-    assert swapped == ["REJECTION"]  # this model looks at any of both
-    assert classifier(["Fine."], ["I'm sorry, but I can't assist with that."], model=folder) == ["NORMAL"]
+    refusal, answer = REFUSED[0], "No, the bank closes at five."
+    assert classifier([answer], [refusal], model=folder) == ["NORMAL"]
+    assert classifier([answer], [refusal * 3], model=folder, reads="pair") == ["REJECTION"]  # the question is seen too
     with pytest.raises(RecipeError, match="there are no prompts"):
-        classifier(["Fine."], model=folder, reads="pair")
+        classifier([answer], model=folder, reads="pair")
 
 
 def test_a_classifier_cuts_what_is_too_long(options: dict[str, dict[str, Any]]) -> None:
@@ -292,7 +292,7 @@ def test_a_classifier_cuts_what_is_too_long(options: dict[str, dict[str, Any]]) 
 def test_a_model_that_is_no_classifier_is_refused(llama: Path, options: dict[str, dict[str, Any]]) -> None:
     with pytest.raises(CheckpointError, match="is no sequence-classification model"):
         classifier(["Fine words."], model=str(llama))
-    with pytest.raises(RecipeError, match=r"no label 'REFUSAL': did you mean"):
+    with pytest.raises(RecipeError, match="no label 'REFUSAL': known: NORMAL, REJECTION"):
         classifier(["Fine words."], model=options["classifier"]["model"], names={"REFUSAL": "refusal"})
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         judges.labels("classifier", {"model": "not-there"})

@@ -47,6 +47,18 @@ class _Lasting(Exception):
 
 
 @dataclass
+class _Work:
+    """What the threads of one call share."""
+
+    stop: threading.Event = field(default_factory=threading.Event)
+    why: str = ""  # the reason of those that are not asked any more
+
+    def end(self, why: str) -> None:
+        self.why = self.why or why
+        self.stop.set()
+
+
+@dataclass
 class Endpoint:
     """The chat model ``model`` at ``url``, the address before ``/chat/completions``."""
 
@@ -65,52 +77,52 @@ class Endpoint:
 
     def replies(self, messages: Sequence[str]) -> Iterator[tuple[str, Reply | str, int]]:
         """``(message, reply, tries that failed)`` as they come in; where there is no reply, the reason in its place."""
-        stop = threading.Event()
-        why = ""
+        work = _Work()
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
         client = httpx2.Client(headers=headers, timeout=self.timeout, follow_redirects=False)
         pool = ThreadPoolExecutor(self.concurrency, "judge")
         try:
-            todo = {pool.submit(self._ask, client, stop, message): message for message in messages}
+            todo = {pool.submit(self._ask, client, work, message): message for message in messages}
             in_a_row = 0
             for future in as_completed(todo):
                 reply, retries, points = future.result()
                 in_a_row = in_a_row + points if isinstance(reply, str) else 0
-                if in_a_row >= DEAD_AFTER and not stop.is_set():
-                    why = str(reply)
-                    stop.set()
-                yield todo[future], reply or why, retries
+                if in_a_row >= DEAD_AFTER:
+                    work.end(str(reply))
+                yield todo[future], reply or work.why, retries
         finally:  # also where whoever reads these stops reading
-            stop.set()
+            work.stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
             client.close()
             pool.shutdown()
 
-    def _ask(self, client: httpx2.Client, stop: threading.Event, message: str) -> tuple[Reply | str, int, int]:
+    def _ask(self, client: httpx2.Client, work: _Work, message: str) -> tuple[Reply | str, int, int]:
         """The reply or the reason why there is none ("": it was called off), failed tries, and what that says of the
-        endpoint: it takes ``DEAD_AFTER`` such points in a row to count it as dead."""
+        endpoint: ``DEAD_AFTER`` such points in a row, and it counts as dead."""
         why = ""
         for number in range(self.tries):
-            if stop.is_set():
+            if work.stop.is_set():
                 return why, number, 0
             try:
                 return self._once(client, message), number, 0
             except _Hopeless as error:
                 return str(error), number + 1, 0
             except _Lasting as error:
+                work.end(str(error))
                 return str(error), number + 1, DEAD_AFTER
             except _Passing as error:
                 why = str(error)
                 if error.wait is not None and error.wait > PATIENCE:
-                    return f"{error}, to be left alone for {error.wait:.0f} seconds", number + 1, DEAD_AFTER
+                    work.end(f"{error}, to be left alone for {error.wait:.0f} seconds")
+                    return work.why, number + 1, DEAD_AFTER
                 wait = self.pause * 2**number * random.uniform(0.75, 1.25)  # not all threads at the same moment
                 wait = wait if error.wait is None else error.wait
             except RuntimeError:  # the client was closed meanwhile
-                if stop.is_set():
+                if work.stop.is_set():
                     return why, number, 0
                 raise
             if number + 1 < self.tries:
-                stop.wait(wait)
+                work.stop.wait(wait)
         return why, self.tries, 1
 
     def _once(self, client: httpx2.Client, message: str) -> Reply:
