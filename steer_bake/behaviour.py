@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .checkpoint import Checkpoint
 from .errors import RecipeError, did_you_mean
 from .evaluate import answers, compare
 from .models import load_model, load_tokenizer
-from .prompts import Prompt, check_length, encode
+from .prompts import PACKAGED, Prompt, check_length, encode
 from .recipe import Prompts, Recipe
 from .stages import Progress, silent
 
@@ -66,9 +67,17 @@ def questions(recipe: Recipe, home: Path, *, safety: bool) -> list[Question]:
 
 
 def holds_harmful(prompts: Sequence[Prompt]) -> bool:
-    """Whether one of the packaged harmful requests is among ``prompts``, wherever they were read from."""
-    harmful = {prompt.messages[-1] for prompt in Prompts(path=SAFETY_SETS[0]).load(Path())}
-    return any(prompt.messages and prompt.messages[-1] in harmful for prompt in prompts)
+    """Whether a prompt is labelled ``harmful``, or is a packaged harmful request wherever it was read from."""
+    harmful = _harmful()
+    return any(prompt.label == "harmful" or prompt.question in harmful for prompt in prompts)
+
+
+@lru_cache(maxsize=1)
+def _harmful() -> frozenset[str]:
+    """Every request that a packaged set labels ``harmful``."""
+    names = [path.relative_to(PACKAGED).with_suffix("").as_posix() for path in PACKAGED.rglob("*.jsonl")]
+    found = [prompt for name in names for prompt in Prompts(path=name).load(Path())]
+    return frozenset(prompt.question for prompt in found if prompt.label == "harmful")
 
 
 def _check_judge(judge: str, options: Mapping[str, Any], label: str) -> None:
