@@ -151,7 +151,7 @@ class _Drawn(LogitsProcessor):
         self.temperature = temperature
         self.logprobs: list[Tensor] = []  # one [batch] per step
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]  # its own is a LongTensor
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         taken = scores
         if self.temperature > 0:
             waits = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=one) for one in self.generators])
@@ -213,6 +213,6 @@ def _answer_start(
 
     if times := closed(len(ids)):
         return bisect_left(range(len(ids) + 1), times, key=closed)
-    open_in_prompt = str(tokenizer.decode(prompt[-8:], skip_special_tokens=False)).rstrip().endswith(thinking[0])
+    open_in_prompt = str(tokenizer.decode(list(prompt[-8:]), skip_special_tokens=False)).rstrip().endswith(thinking[0])
     opened = str(tokenizer.decode(ids, skip_special_tokens=False)).lstrip().startswith(thinking[0])
     return None if open_in_prompt or opened else 0

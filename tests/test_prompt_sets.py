@@ -30,8 +30,8 @@ FILES = {
 FUNCTION_WORDS = frozenset(
     re.findall(
         r"\w+",
-        "a an and are as at be can did do does for from have how i if in is it my no not of on or so that the there they "
-        "to was were what when where which who why with without would you",
+        "a an and are as at be can did do does for from have how i if in is it my no not of on or so that the there "
+        "they to was were what when where which who why with without would you",
     )
 )
 COMMON = {

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,7 +75,7 @@ class Endpoint:
         """What a reply depends on besides the messages."""
         return {"endpoint": self.url, "body": dict(self.body)}
 
-    def replies(self, messages: Sequence[str]) -> Iterator[tuple[str, Reply | str, int]]:
+    def replies(self, messages: Sequence[str]) -> Generator[tuple[str, Reply | str, int], None, None]:
         """``(message, reply, tries that failed)`` as they come in; where there is no reply, the reason in its place."""
         work = _Work()
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -45,7 +45,7 @@ class Local:
             "max_new_tokens": self.max_new_tokens,
         }
 
-    def replies(self, messages: Sequence[str]) -> Iterator[tuple[str, Reply | str, int]]:
+    def replies(self, messages: Sequence[str]) -> Generator[tuple[str, Reply | str, int], None, None]:
         """``(message, reply, 0)`` batch by batch, so that a run that is broken off has lost one batch at most.
 
         Raises:
