@@ -41,7 +41,7 @@ class Question:
     repetition_penalty: float
     is_safety: bool
     keep_answers: bool
-    judge_options: Mapping[str, Any] = field(default_factory=dict)
+    judge_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def questions(recipe: Recipe, home: Path, *, safety: bool) -> list[Question]:
