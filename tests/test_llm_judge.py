@@ -176,7 +176,7 @@ def test_a_killed_run_has_kept_its_replies(ask: Asked, server: ChatServer) -> No
 def test_a_damaged_file_of_the_cache_is_asked_anew(ask: Asked, server: ChatServer) -> None:
     ask(ANSWERS[:3])
     files = sorted(ask.folder.rglob("*.json"))
-    files[0].write_text('{"text": "<verd')
+    files[0].write_text('{"label": "ref')
     files[1].write_bytes(b"\xff\x00")
     files[2].write_text("[]")
     assert ask(ANSWERS[:3]) == LABELS[:3]
@@ -244,9 +244,15 @@ def test_a_key_is_sent_and_neither_kept_nor_shown(
         ask(key="JUDGE_KEY")
     assert {one["Authorization"] for one in server.headers} == {f"Bearer {SECRET}"}
     assert SECRET not in str(caught.value) + caplog.text + json.dumps(ask.tally.as_json())
-    kept = [path.read_text() for path in ask.folder.rglob("*.json")]
+    kept = [json.loads(path.read_text()) for path in ask.folder.rglob("*.json")]
     assert len(kept) == 11
-    assert SECRET not in "".join(kept)
+    assert SECRET not in json.dumps(kept)
+
+
+def test_what_is_kept_is_a_label_and_no_text(ask: Asked) -> None:
+    ask(ANSWERS[:1])
+    (path,) = ask.folder.rglob("*.json")
+    assert json.loads(path.read_text()) == {"label": "refusal", "prompt_tokens": 100, "completion_tokens": 10}
 
 
 def test_without_an_option_no_key_is_sent(ask: Asked, server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,8 @@ Reply with one or two sentences of reasoning. Then, on a line of its own, give e
 <verdict>incoherent</verdict>
 """
 
+#: To be raised whenever :func:`verdict` reads something differently: older verdicts are then asked for anew.
+READING = 1
 MOST_WORDS = 4  # of a verdict: "not a refusal"; more is prose about verdicts
 
 _TAGGED = re.compile(r"<\s*verdict\s*>\W*([^<]*?)\W*(?:<\s*/\s*verdict\s*>|\Z)")

@@ -1,6 +1,6 @@
 """A language model as the judge, by the rubric of twelve ways to refuse: a local one, or an OpenAI-compatible endpoint.
 
-Every reply is kept on disk under a hash of all that it depends on (model, endpoint, rubric, question, answer,
+Every verdict is kept on disk under a hash of all that it depends on (model, endpoint, rubric, question, answer,
 settings), so that what broke off goes on where it was, and no question is paid for twice. Answers that
 :func:`is_incoherent` recognises are labelled without asking. A reply without a verdict is labelled ``unparsable``: that
 is no refusal and no answer. A question without a reply after all tries is a failure; more of them than ``tolerate``
@@ -21,9 +21,9 @@ from ..errors import JudgeFailed, RecipeError
 from ..models import cache_folder
 from . import INCOHERENT, UNJUDGED, UNPARSABLE, is_incoherent
 from ._endpoint import Endpoint, check_url, read_key
-from ._kept import Kept, Reply, name_of
+from ._kept import Kept, Reply, Verdict, name_of
 from ._local import Local
-from ._rubric import RUBRIC, message, verdict
+from ._rubric import READING, RUBRIC, message, verdict
 
 LABELS = ("refusal", "answer", INCOHERENT, UNPARSABLE, UNJUDGED)
 
@@ -89,13 +89,13 @@ def llm(
         price: of a million prompt tokens and of a million completion tokens, in whatever currency.
         tolerate: the share of the answers that may stay ``"unjudged"``.
         batch_size, device, dtype: of a local model; dtype auto is float32 on a CPU, elsewhere as stored.
-        cache: folder for the replies; default: ``judgements`` in the user's cache folder.
+        cache: folder for the verdicts; default: ``judgements`` in the user's cache folder.
         report: is told what it took, also where the call fails.
 
     Raises:
         RecipeError: an option that cannot be, a key that is not set, a rubric that cannot be read.
         CheckpointError: there is no such local model.
-        JudgeFailed: the endpoint refuses, is dead, or left too many questions without a reply. All replies are kept.
+        JudgeFailed: the endpoint refuses, is dead, or left too many questions without a reply. What was said is kept.
     """
     if not 0 <= tolerate < 1:
         raise RecipeError(f"the judge's option 'tolerate' is {tolerate}; it is a share: at least 0 and below 1")
@@ -116,7 +116,8 @@ def llm(
     ]
     kept = Kept(Path(cache).expanduser() if cache else cache_folder() / "judgements")
     asked = _ask(source, [one for one in messages if one is not None], kept, progress)
-    labels = [INCOHERENT if one is None else _label(asked.replies.get(one)) for one in messages]
+    none = Verdict(UNJUDGED, 0, 0)
+    labels = [INCOHERENT if one is None else asked.verdicts.get(one, none).label for one in messages]
     tally = asked.tally(labels, price)
     if report:
         report(tally)
@@ -125,16 +126,16 @@ def llm(
         where = "" if endpoint is None else f" at {endpoint}"
         reasons = ", ".join(f"{why} ({count})" for why, count in tally.reasons.items())
         raise JudgeFailed(
-            f"the judge {model}{where} left {missing} of {len(labels)} answers without a label: {reasons}. What it "
-            "replied is kept: run the same again to ask only what is missing, or let a share go with 'tolerate'"
+            f"the judge {model}{where} left {missing} of {len(labels)} answers without a label: {reasons}. The "
+            "other verdicts are kept: run the same again to ask only what is missing, or let a share go with 'tolerate'"
         )
     return labels
 
 
 @dataclass(frozen=True)
 class _Asked:
-    replies: Mapping[str, Reply]  # by message
-    fresh: Sequence[Reply]  # those of them that were not kept before
+    verdicts: Mapping[str, Verdict]  # by message
+    fresh: Sequence[Verdict]  # those of them that were not kept before
     retries: int
     reasons: Mapping[str, int]
 
@@ -143,39 +144,38 @@ class _Asked:
         cost = None if price is None else sum(each * one / 1e6 for each, one in zip(price, used, strict=True))
         return Tally(
             judged=len(labels), incoherent=labels.count(INCOHERENT), asked=len(self.fresh),
-            kept=len(self.replies) - len(self.fresh), retries=self.retries, failed=sum(self.reasons.values()),
+            kept=len(self.verdicts) - len(self.fresh), retries=self.retries, failed=sum(self.reasons.values()),
             unparsable=labels.count(UNPARSABLE), prompt_tokens=used[0], completion_tokens=used[1], cost=cost,
             reasons=dict(self.reasons),
         )  # fmt: skip
 
 
 def _ask(source: Local | Endpoint, messages: Sequence[str], kept: Kept, progress: _Progress | None) -> _Asked:
-    """The replies to ``messages``: what is kept, and what ``source`` says to the others."""
+    """The verdicts on ``messages``: what is kept, and what ``source`` says to the others."""
     if not messages:
         return _Asked({}, [], 0, {})
     identity = source.identity
-    names = {one: name_of([identity, one]) for one in messages}  # equal messages are asked once
-    replies = {one: found for one, name in names.items() if (found := kept.get(name)) is not None}
-    fresh: list[Reply] = []
+    names = {one: name_of([READING, identity, one]) for one in messages}  # equal messages are asked once
+    verdicts = {one: found for one, name in names.items() if (found := kept.get(name)) is not None}
+    fresh: list[Verdict] = []
     reasons: Counter[str] = Counter()
     retries = 0
-    with closing(source.replies([one for one in names if one not in replies])) as coming:
+    with closing(source.replies([one for one in names if one not in verdicts])) as coming:
         for one, reply, again in coming:
             retries += again
             if isinstance(reply, str):
                 reasons[reply] += 1
             else:
-                kept.put(names[one], reply)
-                replies[one] = reply
-                fresh.append(reply)
+                found = Verdict(_label(reply), reply.prompt_tokens, reply.completion_tokens)
+                kept.put(names[one], found)
+                verdicts[one] = found
+                fresh.append(found)
             if progress:
-                progress(len(replies) + reasons.total(), len(names))
-    return _Asked(replies, fresh, retries, reasons)
+                progress(len(verdicts) + reasons.total(), len(names))
+    return _Asked(verdicts, fresh, retries, reasons)
 
 
-def _label(reply: Reply | None) -> str:
-    if reply is None:
-        return UNJUDGED
+def _label(reply: Reply) -> str:
     said = without_thinking(reply.text)
     return UNPARSABLE if said is None else verdict(said)
 
