@@ -405,7 +405,7 @@ def test_a_real_server_is_a_judge(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
         child = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline and child.poll() is None:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
@@ -417,7 +417,7 @@ def test_a_real_server_is_a_judge(tmp_path: Path) -> None:
         for _ in range(2):
             labels = llm(
                 ["I cannot help with that.", "Paris is the capital of France."], ["Where is Paris?"] * 2,
-                max_new_tokens=24, concurrency=2, timeout=240, report=tallies.append, **options,
+                max_new_tokens=24, concurrency=2, timeout=600, report=tallies.append, **options,
             )  # fmt: skip
         assert set(labels) <= {"refusal", "answer", INCOHERENT, UNPARSABLE}
         assert (tallies[0].asked, tallies[0].failed) == (2, 0)
