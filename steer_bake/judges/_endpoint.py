@@ -68,7 +68,7 @@ class Endpoint:
     concurrency: int
     tries: int
     pause: float  # seconds before the second try; doubled before each further one
-    timeout: float  # seconds that a try may take
+    timeout: float  # seconds without a byte, and a try has failed
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -79,7 +79,8 @@ class Endpoint:
         """``(message, reply, tries that failed)`` as they come in; where there is no reply, the reason in its place."""
         work = _Work()
         headers = {} if self.key is None else {"Authorization": f"Bearer {self.key}"}
-        client = httpx2.Client(headers=headers, timeout=self.timeout, follow_redirects=False)
+        limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
+        client = httpx2.Client(headers=headers, timeout=self.timeout, limits=limits, follow_redirects=False)
         pool = ThreadPoolExecutor(self.concurrency, "judge")
         try:
             todo = {pool.submit(self._ask, client, work, message): message for message in messages}
@@ -116,7 +117,7 @@ class Endpoint:
                     work.end(f"{error}, to be left alone for {error.wait:.0f} seconds")
                     return work.why, number + 1, DEAD_AFTER
                 wait = self.pause * 2**number * random.uniform(0.75, 1.25)  # not all threads at the same moment
-                wait = wait if error.wait is None else error.wait
+                wait = wait if error.wait is None else max(error.wait, self.pause)  # some say 0 and mean later
             except RuntimeError:  # the client was closed meanwhile
                 if work.stop.is_set():
                     return why, number, 0

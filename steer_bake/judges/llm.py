@@ -85,7 +85,7 @@ def llm(
             (``{max_tokens: null, max_completion_tokens: 512}``).
         concurrency: questions that are under way at the same time.
         tries: of each question; before the second one ``pause`` seconds pass, before each further one twice as many.
-        timeout: seconds that one try may take.
+        timeout: seconds without a byte from the endpoint, after which a try has failed.
         price: of a million prompt tokens and of a million completion tokens, in whatever currency.
         tolerate: the share of the answers that may stay ``"unjudged"``.
         batch_size, device, dtype: of a local model; dtype auto is float32 on a CPU, elsewhere as stored.
