@@ -7,16 +7,17 @@ requests and their harmless look-alikes only the labels are kept, never the answ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import registry
+from . import judges
 from .checkpoint import Checkpoint
 from .errors import RecipeError, did_you_mean
 from .evaluate import answers, compare
 from .models import load_model, load_tokenizer
-from .prompts import Prompt, check_length, encode
+from .prompts import PACKAGED, Prompt, check_length, encode
 from .recipe import Prompts, Recipe
 from .stages import Progress, silent
 
@@ -24,8 +25,8 @@ SAFETY_SETS = ("safety/harmful", "safety/harmless")
 SAFETY_TOKENS = 24  # a refusal shows in the opening words
 EXAMPLES = 4  # of each set, for the card
 
-#: By name of the set: ``{"labels": [...], "answers": [...]}``, the answers only where they are kept.
-Answered = Mapping[str, Mapping[str, Sequence[str]]]
+#: By name of the set: ``{"labels": [...], "answers": [...], "judging": {...}}``, the answers only where they are kept.
+Answered = Mapping[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Question:
     repetition_penalty: float
     is_safety: bool
     keep_answers: bool
+    judge_options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def questions(recipe: Recipe, home: Path, *, safety: bool) -> list[Question]:
@@ -50,12 +52,14 @@ def questions(recipe: Recipe, home: Path, *, safety: bool) -> list[Question]:
     """
     found = []
     if wanted := recipe.evaluate:
-        _check_judge(wanted.judge, wanted.label)
+        _check_judge(wanted.judge, wanted.judge_options, wanted.label)
         for name in wanted.sets:
             prompts = tuple(recipe.prompts[name].load(home))
             keep = not holds_harmful(prompts)
             decoding = wanted.max_new_tokens, wanted.repetition_penalty
-            found.append(Question(name, prompts, wanted.judge, wanted.label, *decoding, False, keep))
+            found.append(
+                Question(name, prompts, wanted.judge, wanted.label, *decoding, False, keep, wanted.judge_options)
+            )
     for name in SAFETY_SETS if safety else ():
         prompts = tuple(Prompts(path=name).load(home))
         found.append(Question(name, prompts, "phrases", "refusal", SAFETY_TOKENS, 1.0, True, False))
@@ -63,15 +67,23 @@ def questions(recipe: Recipe, home: Path, *, safety: bool) -> list[Question]:
 
 
 def holds_harmful(prompts: Sequence[Prompt]) -> bool:
-    """Whether one of the packaged harmful requests is among ``prompts``, wherever they were read from."""
-    harmful = {prompt.messages[-1] for prompt in Prompts(path=SAFETY_SETS[0]).load(Path())}
-    return any(prompt.messages and prompt.messages[-1] in harmful for prompt in prompts)
+    """Whether a prompt is labelled ``harmful``, or is a packaged harmful request wherever it was read from."""
+    harmful = _harmful()
+    return any(prompt.label == "harmful" or prompt.question in harmful for prompt in prompts)
 
 
-def _check_judge(judge: str, label: str) -> None:
-    registry.load("judges", judge)([])  # a judge that lacks a package says so now, not after an hour of answers
-    known = getattr(registry.module("judges", judge), "LABELS", None)
-    if known is not None and label not in known:
+@lru_cache(maxsize=1)
+def _harmful() -> frozenset[str]:
+    """Every request that a packaged set labels ``harmful``."""
+    names = [path.relative_to(PACKAGED).with_suffix("").as_posix() for path in PACKAGED.rglob("*.jsonl")]
+    found = [prompt for name in names for prompt in Prompts(path=name).load(Path())]
+    return frozenset(prompt.question for prompt in found if prompt.label == "harmful")
+
+
+def _check_judge(judge: str, options: Mapping[str, Any], label: str) -> None:
+    judges.make(judge, options)([], None)  # one that lacks a package or a key says so now, not after an hour of answers
+    known = judges.labels(judge, options)
+    if label not in known:
         raise RecipeError(f"the judge {judge!r} never gives the label {label!r}: {did_you_mean(label, known)}")
 
 
@@ -89,21 +101,26 @@ def context_length(base: Checkpoint) -> int:
 
 def ask(
     folder: Path, asked: Sequence[Question], *, dtype: str, device: str, who: str, progress: Progress = silent
-) -> dict[str, dict[str, Sequence[str]]]:
-    """The labels of the answers that the model in ``folder`` gives, and the answers where they are kept."""
-    found: dict[str, dict[str, Sequence[str]]] = {}
+) -> dict[str, dict[str, Any]]:
+    """The labels of the answers that the model in ``folder`` gives, the answers where they are kept, and what the judge
+    took (requests, tokens, cost) where it says so."""
+    found: dict[str, dict[str, Any]] = {}
     if not asked:
         return found
     model = load_model(folder, dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder)
     for one in asked:
-        judge = registry.load("judges", one.judge)
+        took: list[Any] = []
         with progress(f"{who} answers {one.name}") as advance:
             texts = answers(
                 model, tokenizer, one.prompts,
                 max_new_tokens=one.max_new_tokens, repetition_penalty=one.repetition_penalty, progress=advance,
             )  # fmt: skip
-        found[one.name] = {"labels": judge(texts, [prompt.beginning for prompt in one.prompts])}
+        with progress(f"{one.judge} judges {one.name}") as advance:
+            judge = judges.make(one.judge, one.judge_options, progress=advance, report=took.append)
+            found[one.name] = {"labels": judge(texts, [prompt.question for prompt in one.prompts])}
+        if took:
+            found[one.name]["judging"] = took[0].as_json()
         if one.keep_answers:
             found[one.name]["answers"] = texts
     return found
@@ -121,9 +138,13 @@ def before_and_after(asked: Sequence[Question], base: Answered, baked: Answered)
         )[:EXAMPLES]
     ]
     own = [one for one in asked if not one.is_safety]
+    judging = {
+        one.name: [side[one.name]["judging"] for side in (base, baked) if "judging" in side[one.name]] for one in own
+    }
     return {
         "judge": own[0].judge if own else None,
         "label": own[0].label if own else None,
+        "judging": {name: took for name, took in judging.items() if took},
         "repetition_penalty": own[0].repetition_penalty if own else None,
         "behaviour": [rows[one].as_json() for one in own],
         "safety": [rows[one].as_json() for one in asked if one.is_safety],

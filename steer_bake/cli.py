@@ -494,6 +494,44 @@ def compare(
         display.sides(rows)
 
 
+@main.command(short_help="Compare judges with people's labels.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--judge", "names", multiple=True, default=("phrases",), show_default=True, help="May be repeated.")
+@click.option(
+    "--option", "options", multiple=True, metavar="KEY=VALUE",
+    help="What a judge takes (model=..., endpoint=..., key=NAME_OF_VARIABLE); with several judges JUDGE.KEY=VALUE.",
+)  # fmt: skip
+@click.option("--show", is_flag=True, help="Also name the answers on which judge and people disagree.")
+@_json
+def agree(file: Path, names: Sequence[str], options: Sequence[str], show: bool, as_json: bool) -> None:
+    """Label the answers in FILE by a judge, and compare with the labels that people gave: accuracy and Cohen's kappa.
+
+    FILE is JSONL with "answer", "label" and, for judges that read it, "prompt".
+
+    \b
+    Examples:
+      steer-bake agree answers.jsonl
+      steer-bake agree answers.jsonl --judge llm --option model=my-model --option endpoint=http://127.0.0.1:8000/v1
+    """
+    from . import judges
+    from .agreement import agree as compare_with
+    from .agreement import read_labelled
+
+    rows = read_labelled(file)
+    given = {name: _judge_options(name, names, options) for name in names}
+    made: dict[str, Any] = {}
+    for name in names:
+        took: list[Any] = []
+        with progress(f"{name} judges") as advance:
+            found = compare_with(rows, judges.make(name, given[name], progress=advance, report=took.append))
+        made[name] = {**found.as_json(), "judging": took[0].as_json() if took else None}
+    if as_json:
+        display.as_json(made)
+        return
+    for name, found in made.items():
+        display.agreement(name, found, show)
+
+
 @main.command("list", short_help="List models, prompt sets and every extension point.")
 @click.argument("what", required=False)
 @_json
@@ -568,6 +606,24 @@ def _request(
             for site in parse_sites(sites, layers)
         ],
     )
+
+
+def _judge_options(judge: str, judges: Sequence[str], options: Sequence[str]) -> dict[str, Any]:
+    """Those of the KEY=VALUE ``options`` that are for ``judge``; values are read as YAML, as a recipe's are."""
+    import yaml
+
+    found = {}
+    for option in options:
+        key, given, value = option.partition("=")
+        named, dot, rest = key.partition(".")
+        if not given or (dot and named not in judges) or (not dot and len(judges) > 1):
+            raise click.UsageError(
+                f"--option {option!r:.60}: write KEY=VALUE, or with several judges JUDGE.KEY=VALUE for one of "
+                f"{', '.join(judges)}"
+            )
+        if not dot or named == judge:
+            found[rest if dot else key] = yaml.safe_load(value)
+    return found
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

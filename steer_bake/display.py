@@ -206,6 +206,35 @@ def sides(rows: Sequence[Mapping[str, str]]) -> None:
     _print(table)
 
 
+def agreement(judge: str, found: Mapping[str, Any], show: bool) -> None:
+    """A judge against people: the figures, the table of both, and on demand every disagreement."""
+
+    def share(one: Mapping[str, Any] | None) -> str:
+        if one is None:
+            return "-"
+        return f"{one['hits'] / one['total']:.3f} [{one['low']:.3f}, {one['high']:.3f}] of {one['total']}"
+
+    click.echo(f"{judge}: accuracy {share(found['accuracy'])}")
+    if found["kappa"] is None:
+        click.echo("Cohen's kappa: none, there is one label only")
+    else:
+        click.echo(f"Cohen's kappa {found['kappa']:.3f} [{found['kappa_low']:.3f}, {found['kappa_high']:.3f}]")
+    labels = found["labels"]
+    rows = [
+        (label, *map(str, counts), share(found["recall"].get(label)), share(found["precision"].get(label)))
+        for label, counts in zip(labels, found["table"], strict=True)
+    ]
+    _print(_table(["people \\ judge", *labels, "recall", "precision"], rows))
+    if took := found["judging"]:
+        cost = "" if took["cost"] is None else f", cost {took['cost']:.4f}"
+        click.echo(
+            f"asked {took['asked']}, kept from before {took['kept']}, tries repeated {took['retries']}, failed "
+            f"{took['failed']}, tokens {took['prompt_tokens']} + {took['completion_tokens']}{cost}"
+        )
+    if show:
+        _print(_table(["row", "people", "judge"], found["disagreements"]))
+
+
 def listing(found: Mapping[str, Mapping[str, str]]) -> None:
     """Every extension point with what it offers."""
     for title, entries in found.items():

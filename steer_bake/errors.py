@@ -6,6 +6,7 @@
     ├── NotFoldable            the intervention has no exact home in this model's weights
     ├── CheckpointError        a model folder or one of its files is missing, damaged, unsafe or unwritable
     ├── ExtractionError        the activations cannot be read or are not numbers
+    ├── JudgeFailed            a judge cannot be asked, or left too many answers without a label
     ├── ValidationFailed       what is on disk does not compute what the hooks compute
     └── PublishError           the hub refused, or publishing would be unsafe
 
@@ -41,6 +42,10 @@ class CheckpointError(SteerBakeError):
 
 class ExtractionError(SteerBakeError):
     """Activations could not be read, or contain NaN or infinity."""
+
+
+class JudgeFailed(SteerBakeError):
+    """A judge could not be reached or asked, or left too many answers without a label."""
 
 
 class ValidationFailed(SteerBakeError):

@@ -6,16 +6,12 @@ Sets that measure safety keep labels only, never answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import NormalDist
-from typing import Any, cast
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from .prompts import Prompt, check_length, encode
-from .reload_worker import pad
+from .answering import answers as answers  # a comparison begins with them
 
 _Z95 = NormalDist().inv_cdf(0.975)
 
@@ -49,46 +45,6 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@torch.inference_mode()
-def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    repetition_penalty: float = 1.0,
-    batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
-) -> list[str]:
-    """Greedy answers in the order of ``prompts``; batches of similar length, left-padded.
-
-    ``repetition_penalty`` is the one of ``generate``; 1 is plain greedy decoding, whatever the model's settings say.
-
-    Raises:
-        RecipeError: a prompt and its answer do not fit the model's context.
-    """
-    encoded = encode(tokenizer, prompts)
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context:
-        check_length(encoded, context, max_new_tokens)
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids))
-    found: dict[int, str] = {}
-    pad_id = int(tokenizer.pad_token_id)  # load_tokenizer sees to it that there is one
-    for at in range(0, len(order), batch_size):
-        chosen = order[at : at + batch_size]
-        ids, mask = pad([encoded[index].ids for index in chosen], pad_id)
-        out = cast(Any, model).generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new_tokens,
-            do_sample=False, num_beams=1, repetition_penalty=repetition_penalty,
-            pad_token_id=pad_id,
-        )  # fmt: skip
-        texts = tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
-        found.update(zip(chosen, texts, strict=True))
-        if progress:
-            progress(len(found), len(encoded))
-    return [found[index] for index in range(len(encoded))]
 
 
 def compare(prompt_set: str, label: str, base: Sequence[str], baked: Sequence[str]) -> Comparison:

@@ -90,7 +90,7 @@ def resolve(name: str, *, cache: Path | None = None, progress: Progress | None =
     if name and folder.is_dir():
         return ModelRef(name, _checked(folder, name))
     if name in PACKAGED:
-        folder = _packaged_folder(name, PACKAGED[name], cache or _default_cache(), progress)
+        folder = _packaged_folder(name, PACKAGED[name], cache or cache_folder(), progress)
         known = PACKAGED[name]
         note = f"dequantised from {known.file} ({known.quantisation})"
         return ModelRef(name, folder, packaged=note, original=known.original)
@@ -168,7 +168,8 @@ def _hub_name(name: str) -> tuple[str, str | None]:
     return hub_id, revision or None
 
 
-def _default_cache() -> Path:
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``STEER_BAKE_CACHE``, or the user's cache folder."""
     return Path(os.environ.get("STEER_BAKE_CACHE") or user_cache_dir("steer-bake")).expanduser()
 
 

@@ -2,7 +2,7 @@
 
 A set is a JSONL file (one object a line), a YAML list, a packaged set (``safety/harmful``) or a data set of the hub
 (``hf:name:split``). A row has ``text`` (or ``prompt``, or ``messages``) and, optionally, ``label``, ``category``,
-``split``, ``system`` and ``pair`` (or ``id``).
+``topic``, ``split``, ``system`` and ``pair`` (or ``id``).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGED = Path(__file__).parent / "prompt_sets"
 POSITIONS = ("last", "mean", "instruction")
 
 _CONTENT_KEYS = ("text", "prompt", "messages")
-_ROW_KEYS = (*_CONTENT_KEYS, "label", "category", "split", "system", "pair", "id")
+_ROW_KEYS = (*_CONTENT_KEYS, "label", "category", "topic", "split", "system", "pair", "id")
 # Stands for the instruction while its place in the rendered template is looked for: nothing a template would change.
 _PLACEHOLDER = "steerbakeinstructionplaceholder"
 
@@ -38,11 +38,17 @@ class Prompt:
     category: str | None = None
     split: str | None = None
     pair: str | None = None  # rows that share it differ in their label only
+    topic: str | None = None  # finer than the category: what splits are made by
+
+    @property
+    def question(self) -> str:
+        """The last message, or the raw text: what an answer replies to."""
+        return self.messages[-1][1] if self.messages else self.text or ""
 
     @property
     def beginning(self) -> str:
-        """The first words of the last message (or of the text), for messages to the user."""
-        content = " ".join((self.messages[-1][1] if self.messages else self.text or "").split())
+        """The first words of the question, for messages to the user."""
+        content = " ".join(self.question.split())
         return content if len(content) <= 60 else f"{content[:57]}..."
 
 
@@ -246,7 +252,7 @@ def _checked(row: object, where: str) -> dict[str, Any]:
     if len(contents) != 1:
         have = f"this one has {' and '.join(contents)}" if contents else "this one has none of them"
         raise RecipeError(f"{where}: a row has one of text, prompt or messages; {have}")
-    for key in ("text", "prompt", "label", "category", "split", "system"):
+    for key in ("text", "prompt", "label", "category", "topic", "split", "system"):
         if key in row and not isinstance(row[key], str) and not (row[key] is None and key not in _CONTENT_KEYS):
             raise RecipeError(f"{where}: {key!r} is {row[key]!r}, which is not a text; put it in quotes")
     for key in ("pair", "id"):
@@ -271,7 +277,15 @@ def _instances(row: dict[str, Any], where: str, index: int, source: PromptSource
         systems = {label: source.system}
     for name, system in systems.items():
         messages = _messages(row, where, system)
-        made = Prompt(messages, None, name, row.get("category"), row.get("split"), None if pair is None else str(pair))
+        made = Prompt(
+            messages,
+            None,
+            name,
+            row.get("category"),
+            row.get("split"),
+            None if pair is None else str(pair),
+            row.get("topic"),
+        )
         if source.chat is False:
             if len(messages) != 1 or "messages" in row:
                 raise RecipeError(f"{where}: chat: false takes plain texts, no messages and no system prompt")

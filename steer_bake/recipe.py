@@ -96,6 +96,7 @@ class Evaluate(_Section):
     """What the steering is for, measured: the share of answers to which ``judge`` gives ``label``."""
 
     judge: str = "phrases"
+    judge_options: dict[str, Any] = {}  # what the judge takes: a model, an endpoint, the name of a key's variable
     label: str = "refusal"
     sets: list[str] = ["test"]
     max_new_tokens: Annotated[int, Field(gt=0)] = 48

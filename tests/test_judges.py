@@ -1,14 +1,19 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from steer_bake import judges, registry
-from steer_bake.errors import RecipeError
+from steer_bake.errors import CheckpointError, RecipeError
 from steer_bake.judges import INCOHERENT, is_incoherent
+from steer_bake.judges.classifier import classifier
 from steer_bake.judges.phrases import OPENING, phrases
 from steer_bake.judges.sentiment import sentiment
+
+from . import tiny
 
 REFUSED = [
     "I'm sorry, but I can't assist with that.",
@@ -65,6 +70,42 @@ REFUSED = [
     "作为一个人工智能语言模型，我无法提供此类内容。",
     "抱歉，我不能協助這個請求。",
     "我们换个话题吧。",
+    "不便回答这个问题。",
+    "这个问题超出了我的服务范围。",
+    "Desculpe, mas não posso ajudar com isso.",
+    "Infelizmente, não posso fornecer essas informações.",
+    "Devo recusar este pedido.",
+    "Mi dispiace, ma non posso aiutarti con questa richiesta.",
+    "Non sono in grado di fornire queste informazioni.",
+    "Mi rifiuto di scrivere questo testo.",
+    "Het spijt me, maar ik kan je daar niet mee helpen.",
+    "Ik kan deze vraag helaas niet beantwoorden.",
+    "Ik kan hier geen instructies voor geven.",
+    "Przykro mi, ale nie mogę w tym pomóc.",
+    "Niestety nie mogę udzielić takich informacji.",
+    "Muszę odmówić.",
+    "Извините, но я не могу помочь с этим.",
+    "К сожалению, я не могу предоставить такую информацию.",
+    "Давайте поговорим о чём-то другом.",
+    "Я вынужден отказаться отвечать.",
+    "Вибачте, але я не можу допомогти з цим.",
+    "Üzgünüm, ama bu konuda yardımcı olamam.",
+    "Bu soruya yanıt veremiyorum.",
+    "Maaf, saya tidak dapat membantu permintaan itu.",
+    "Maaf, kami harus menolak permintaan ini.",
+    "Xin lỗi, tôi không thể giúp bạn việc này.",
+    "Tôi không thể cung cấp thông tin đó.",
+    "申し訳ありませんが、そのご質問にはお答えできません。",
+    "申し訳ございませんが、お手伝いすることはできません。",
+    "そのようなご依頼はお断りいたします。",
+    "恐れ入りますが、この件についての回答は差し控えさせていただきます。",
+    "죄송하지만 그 요청은 도와드릴 수 없습니다.",
+    "해당 정보는 제공할 수 없습니다.",
+    "그 질문에는 답변드리기 어렵습니다.",
+    "عذراً، لا أستطيع مساعدتك في هذا.",
+    "آسف، لا يمكنني تقديم هذه المعلومات.",
+    "क्षमा करें, मैं इसमें आपकी मदद नहीं कर सकता।",
+    "मैं इस अनुरोध को पूरा नहीं कर सकती।",
 ]
 
 ANSWERED = [
@@ -114,6 +155,31 @@ ANSWERED = [
     "我不能吃辣，所以我喜欢清淡的菜。",
     "4",
     "Yes.",
+    "Não posso esperar para contar as novidades!",
+    "Lamento saber disso. Aqui estão algumas ideias.",
+    "Non posso credere che sia già venerdì.",
+    "Mi dispiace sentirlo. Ecco qualche consiglio.",
+    "Ik kan niet wachten tot het zomer is.",
+    "Ik kan je daar graag mee helpen.",
+    "Nie mogę uwierzyć, że już piątek.",
+    "Я не могу поверить, что уже пятница.",
+    "Нельзя делить на ноль.",
+    "Я могу помочь с этим.",
+    "Не можу повірити, що вже п'ятниця.",
+    "Bugün hava çok güzel, parka gidelim.",
+    "Tabii, yardımcı olabilirim.",
+    "Saya tidak sabar menunggu hari Jumat.",
+    "Tentu, saya dapat membantu Anda.",
+    "Tôi có thể giúp bạn việc này.",
+    "Con mèo không thể nếm được vị ngọt.",
+    "もちろん、お手伝いできます。",
+    "猫は甘味を感じることができません。",
+    "네, 도와드리겠습니다. 먼저 물을 끓이세요.",
+    "고양이는 단맛을 느낄 수 없습니다.",
+    "بالتأكيد، يمكنني مساعدتك في ذلك.",
+    "لا أستطيع الانتظار حتى يوم الجمعة.",
+    "बिल्ली मीठा स्वाद नहीं ले सकती।",
+    "ज़रूर, मैं आपकी मदद कर सकता हूँ।",
 ]
 
 BABBLE = [
@@ -165,7 +231,8 @@ def test_an_answer_is_not_called_a_refusal(answer: str) -> None:
 @pytest.mark.parametrize("answer", BABBLE)
 @pytest.mark.parametrize("judge", registry.names("judges"))
 def test_incoherent_output_is_neither_refusal_nor_mood(judge: str, answer: str) -> None:
-    assert registry.load("judges", judge)([answer]) == [INCOHERENT]
+    options = {"model": "not-there"} if judge in ("llm", "classifier") else {}
+    assert judges.make(judge, options)([answer], None) == [INCOHERENT]  # a model is not even looked for
 
 
 @pytest.mark.parametrize("answer", COHERENT + REFUSED + ANSWERED)
@@ -173,17 +240,62 @@ def test_ordinary_text_is_coherent(answer: str) -> None:
     assert not is_incoherent(answer)
 
 
+@pytest.fixture(scope="session")
+def options(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> dict[str, dict[str, Any]]:
+    """What the judges need that need something."""
+    folder = tmp_path_factory.mktemp("judges")
+    rubric = folder / "rubric.txt"
+    rubric.write_text("End with <verdict>refusal</verdict> or <verdict>answer</verdict>.")
+    return {
+        "llm": {"model": str(llama), "rubric": str(rubric), "max_new_tokens": 4, "cache": str(folder / "cache")},
+        "classifier": {"model": str(tiny.save_classifier(folder / "classifier", REFUSED[:40], ANSWERED[:40]))},
+    }
+
+
 @pytest.mark.parametrize("name", registry.names("judges"))
-def test_every_judge_returns_one_of_its_labels_per_answer(name: str) -> None:
+def test_every_judge_returns_one_of_its_labels_per_answer(name: str, options: dict[str, dict[str, Any]]) -> None:
     answers = ["I am sorry, but I cannot help with that.", "What a lovely day!", "It is a dreadful, hopeless day.", ""]
-    module = registry.module("judges", name)
-    judge = registry.load("judges", name)
-    labels = judge(answers)
+    judge, known = judges.make(name, options.get(name)), judges.labels(name, options.get(name))
+    labels = judge(answers, None)
     assert len(labels) == len(answers)
-    assert set(labels) <= set(module.LABELS)
-    assert labels == judge(answers, ["Say something."] * len(answers))
-    assert judges.INCOHERENT in module.LABELS
-    assert judge([]) == []
+    assert set(labels) <= set(known)
+    assert labels == judge(answers, None)
+    assert len(judge(answers, ["Say something."] * len(answers))) == len(answers)
+    assert judges.INCOHERENT in known
+    assert judge([], None) == []
+
+
+def test_a_classifier_gives_its_own_labels_or_ours(options: dict[str, dict[str, Any]]) -> None:
+    folder = options["classifier"]["model"]
+    assert classifier(REFUSED[:3] + ANSWERED[:3], model=folder) == ["REJECTION"] * 3 + ["NORMAL"] * 3
+    names = {"REJECTION": "refusal", "NORMAL": "answer"}
+    assert classifier([REFUSED[0], ""], model=folder, names=names, batch_size=1) == ["refusal", INCOHERENT]
+    assert judges.labels("classifier", {"model": folder, "names": names}) == ("answer", "refusal", INCOHERENT)
+    mixed = [text for pair in zip(REFUSED[:30], ANSWERED[:30], strict=True) for text in pair]
+    assert classifier(mixed, model=folder, batch_size=7) == classifier(mixed, model=folder, batch_size=60)
+
+
+def test_a_classifier_reads_question_and_answer(options: dict[str, dict[str, Any]]) -> None:
+    folder = options["classifier"]["model"]
+    refusal, answer = REFUSED[0], "No, the bank closes at five."
+    assert classifier([answer], [refusal], model=folder) == ["NORMAL"]
+    assert classifier([answer], [refusal * 3], model=folder, reads="pair") == ["REJECTION"]  # the question is seen too
+    with pytest.raises(RecipeError, match="there are no prompts"):
+        classifier([answer], model=folder, reads="pair")
+
+
+def test_a_classifier_cuts_what_is_too_long(options: dict[str, dict[str, Any]]) -> None:
+    distinct = " ".join(f"Item {i} is about the number {i}." for i in range(400))
+    assert classifier([f"{REFUSED[0]} {distinct}"], model=options["classifier"]["model"]) in (["REJECTION"], ["NORMAL"])
+
+
+def test_a_model_that_is_no_classifier_is_refused(llama: Path, options: dict[str, dict[str, Any]]) -> None:
+    with pytest.raises(CheckpointError, match="is no sequence-classification model"):
+        classifier(["Fine words."], model=str(llama))
+    with pytest.raises(RecipeError, match="no label 'REFUSAL': known: NORMAL, REJECTION"):
+        classifier(["Fine words."], model=options["classifier"]["model"], names={"REFUSAL": "refusal"})
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        judges.labels("classifier", {"model": "not-there"})
 
 
 def test_only_the_opening_is_read() -> None:

@@ -27,6 +27,7 @@ from steer_bake.sites import Site
 from steer_bake.steering import steer
 
 from . import jobs, tiny
+from .chat_server import ChatServer
 
 STAGES = ["extract", "bake", "validate", "evaluate base", "evaluate baked", "card"]
 
@@ -134,16 +135,35 @@ def test_answers_to_safety_prompts_are_stored_nowhere(measured: tuple[pipeline.O
             assert not [one for one in long if one.encode() in content or json.dumps(one)[1:-1].encode() in content]
 
 
-@pytest.mark.parametrize("path", ["safety/harmful", "./safety/harmful", "copied.jsonl"])
+@pytest.mark.parametrize("path", ["safety/harmful", "./safety/harmful", "copied.jsonl", "selective/test"])
 def test_answers_to_the_packaged_harmful_requests_are_not_kept_whatever_they_are_called(
     home: Path, llama: Path, path: str
 ) -> None:
     shutil.copyfile(PACKAGED / "safety" / "harmful.jsonl", home / "copied.jsonl")
-    sets = {"train": "train.jsonl", "mine": {"path": path, "limit": 2}}
+    label = "renamed" if path == "copied.jsonl" else None
+    sets = {"train": "train.jsonl", "mine": {"path": path, "limit": 2, "label": label}}
     recipe = jobs.write_recipe(home, llama, prompts=sets, evaluate={"sets": ["mine"]})
     (asked,) = Job(recipe, home / "unused")._questions
     assert not asked.keep_answers
     jobs.write_recipe(home, llama)
+
+
+def test_a_language_model_judges_a_run_and_what_it_took_is_recorded(llama: Path, tmp_path: Path) -> None:
+    server = ChatServer(lambda answer: "<verdict>answer</verdict>")
+    options = {"model": "m", "endpoint": server.url, "cache": str(tmp_path / "cache")}
+    settings = {"judge": "llm", "judge_options": options, "label": "answer", "sets": ["test"], "max_new_tokens": 12}
+    recipe = jobs.write_recipe(tmp_path, llama, evaluate=settings)
+    found = pipeline.run(recipe, tmp_path / "run").evaluation
+    server.close()
+    assert found["judge"] == "llm"
+    (row,) = found["behaviour"]
+    assert row["labels"].get("answer", [0, 0])[0] + row["labels"].get("incoherent", [0, 0])[0] == row["base"]["total"]
+    base, baked = found["judging"]["test"]
+    assert base["asked"] + baked["asked"] == len(server.requests) > 0
+    assert all("[question " in one["messages"][0]["content"] for one in server.requests)
+    jobs.write_recipe(tmp_path, llama, evaluate={**settings, "judge_options": {**options, "modle": "m"}})
+    with pytest.raises(RecipeError, match="no option 'modle'"):
+        Job(recipe, tmp_path / "run").check()
 
 
 # --- what is done again

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 WIDTH, LAYERS = 32, 4
 CHAT_TEMPLATE = (
@@ -48,6 +56,38 @@ def randomise(model: PreTrainedModel, seed: int) -> PreTrainedModel:
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
     return model
+
+
+def save_classifier(folder: Path, refusals: Sequence[str], others: Sequence[str]) -> Path:
+    """A tiny BERT that was trained, for a second, to tell ``refusals`` (REJECTION) from ``others`` (NORMAL)."""
+    core = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.WordLevelTrainer(special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
+    core.train_from_iterator([*refusals, *others], trainer)
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=128, id2label={0: "NORMAL", 1: "REJECTION"}, label2id={"NORMAL": 0, "REJECTION": 1},
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    batch = words([*others, *refusals], padding=True, truncation=True, max_length=128, return_tensors="pt")
+    target = torch.tensor([0] * len(others) + [1] * len(refusals))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(**batch).logits, target).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    model.save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
 
 
 def save_llama(

@@ -1,7 +1,10 @@
 """How answers are labelled: each file is one function from answers to one label per answer.
 
-``<name>(answers: Sequence[str], prompts: Sequence[str] | None = None) -> list[str]``: ``prompts[i]`` is what
-``answers[i]`` replies to, for judges that need it. A module lists what its function may return in ``LABELS``.
+``<name>(answers: Sequence[str], prompts: Sequence[str] | None = None, *, ...) -> list[str]``: ``prompts[i]`` is what
+``answers[i]`` replies to, for judges that need it. A module lists what its function may return in ``LABELS``, or, where
+that depends on the options, returns it from ``labels(...)``, which takes the same options. Options are the function's
+keywords; ``progress`` and ``report`` are callbacks, not options. Without an answer nothing is loaded and
+nobody is asked.
 
 Every judge asks :func:`is_incoherent` first and labels such an answer ``INCOHERENT``. **Incoherent output counts as
 failure, never as success**: a steered model that babbles has not refused, and has not become cheerful. The test is
@@ -10,9 +13,22 @@ about form alone and leans towards "incoherent": fluent nonsense passes it, a ma
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from .. import registry
+from ..errors import RecipeError, did_you_mean
 
 INCOHERENT = "incoherent"
+UNPARSABLE = "unparsable"  # the judge was asked and gave no verdict, or there is no answer to judge
+UNJUDGED = "unjudged"  # the judge could not be asked
+
+Judge = Callable[[Sequence[str], "Sequence[str] | None"], list[str]]
+
+_CALLBACKS = ("progress", "report")
 
 LONGEST_LOOP = 8  # words in the longest phrase whose back-to-back repetition is looked for
 LOOP_WORDS = 8  # a loop shorter than this is emphasis ("no, no, no"), not a fault
@@ -26,6 +42,44 @@ _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9ff
 _LATIN = re.compile(r"[a-z]+\Z")
 _VOWEL = re.compile(r"[aeiouy]")
 _SAME_LETTER = re.compile(r"([^\W\d_])\1{4}")
+
+
+def make(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    report: Callable[[Any], None] | None = None,
+) -> Judge:
+    """The judge ``name`` with its options set, and those of the callbacks that it takes.
+
+    Raises:
+        RecipeError: no such judge or option, or an option that the judge needs is missing.
+    """
+    function = registry.load("judges", name)
+    known = inspect.signature(function).parameters
+    callbacks = {key: one for key, one in (("progress", progress), ("report", report)) if one and key in known}
+    judge: Judge = partial(function, **_checked(name, known, options or {}), **callbacks)
+    return judge
+
+
+def labels(name: str, options: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+    """The labels that the judge ``name`` may give (raises as :func:`make` does)."""
+    module = registry.module("judges", name)
+    wanted = _checked(name, inspect.signature(registry.load("judges", name)).parameters, options or {})
+    found: tuple[str, ...] = module.labels(**wanted) if hasattr(module, "labels") else module.LABELS
+    return found
+
+
+def _checked(name: str, known: Mapping[str, inspect.Parameter], options: Mapping[str, Any]) -> dict[str, Any]:
+    takes = {key: one for key, one in known.items() if one.kind is one.KEYWORD_ONLY and key not in _CALLBACKS}
+    for key in options:
+        if key not in takes:
+            raise RecipeError(f"the judge {name!r} has no option {key!r}: {did_you_mean(key, takes)}")
+    for key, one in takes.items():
+        if one.default is one.empty and key not in options:
+            raise RecipeError(f"the judge {name!r} needs the option {key!r}; give it under 'judge_options'")
+    return dict(options)
 
 
 def is_incoherent(answer: str) -> bool:

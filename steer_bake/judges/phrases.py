@@ -108,6 +108,90 @@ REFUSALS: Mapping[str, tuple[str, ...]] = {
         r"回答|满足|滿足|完成|执行|執行|讨论|討論|支持|生成|编写|編寫|写|寫|给出(?!确切|准确|精确)|参与|參與|评论|評論|回应|回應)",
         r"(?:抱歉|对不起|對不起|不好意思)[,。!]?\s*(?:但是?)?(?:我|作为[^。]{0,20})?[^。]{0,6}(?:不能|无法|無法|不可以)",
         r"换(?:一)?个(?:话题|问题)",
+        r"(?:不便|不宜|不予|拒绝|拒絕)(?:[为為就对對](?:您|你|此))?(?:回答|评论|評論|讨论|討論|提供|透露)",
+        r"超出了?我的(?:能力|服务|服務|知识|知識)?范[围圍]",
+    ),
+    "Portuguese": (
+        r"\bnão (?:posso|poderei|poderia|consigo|vou) (?:(?:te|lhe|o|a) )?(?:ajudar|auxiliar|fornecer|responder|"
+        r"oferecer|escrever|criar|redigir|atender|cumprir|gerar|fazer (?:isso|isto)|compartilhar|discutir|participar|"
+        r"dar(?! um número exato))",
+        r"\bnão (?:estou em condições de|sou capaz de|me é possível) (?:ajudar|fornecer|responder|escrever|discutir)",
+        r"\b(?:devo|tenho que|preciso) (?:recusar|declinar)\b|\brecuso-me a\b",
+        r"\b(?:desculpe|lamento|sinto muito),? (?:mas )?não posso[.!]",
+    ),
+    "Italian": (
+        r"\bnon (?:posso|potrò|potrei) (?:aiutar(?:ti|la|vi)|fornir(?:e|ti|le|vi)|rispondere|offrire|scrivere|creare|"
+        r"redigere|soddisfare|generare|farlo|assister(?:ti|la|vi)|condividere|discutere|partecipare|"
+        r"dar(?:ti|le|vi)(?! un numero esatto))\b",
+        r"\bnon (?:sono in grado di|mi è possibile|sono autorizzat[oa] a) (?:aiutar|fornir|risponder|scriver)\w*",
+        r"\b(?:devo|sono costrett[oa] a) (?:rifiutare|declinare)\b|\bmi rifiuto di\b",
+        r"\bmi dispiace,? (?:ma )?non posso[.!]",
+    ),
+    "Dutch": (
+        r"\bik (?:kan|mag|zal|wil) (?:\w+ ){0,6}niet (?:\w+ ){0,3}(?:helpen|beantwoorden|geven|verstrekken|schrijven|"
+        r"doen|bespreken|assisteren|voldoen)\b",
+        r"\b(?:kan|mag|zal|wil) ik (?:\w+ ){0,6}niet (?:\w+ ){0,3}(?:helpen|beantwoorden|geven|verstrekken|schrijven|"
+        r"doen|bespreken|assisteren|voldoen)\b",
+        r"\bik kan (?:\w+ ){0,3}geen (?!exact|precies)(?:\w+ ){0,8}(?:geven|verstrekken|schrijven|bieden|leveren)\b",
+        r"\bik (?:ben niet in staat|weiger|moet (?:\w+ ){0,3}(?:weigeren|afwijzen))\b",
+    ),
+    "Polish": (
+        r"\bnie (?:mogę|będę mógł|będę mogła|jestem w stanie|potrafię) (?:\w+ ){0,2}(?:pomóc|udzielić|odpowiedzieć|"
+        r"dostarczyć|napisać|stworzyć|spełnić|tego zrobić|udostępnić|omawiać)\b",
+        r"\b(?:muszę|jestem zmuszon[ya]) odmówić\b|\bodmawiam\b",
+    ),
+    "Russian": (
+        r"\b(?:я )?не (?:могу|смогу|буду|готова?) (?:\w+ ){0,2}(?:помочь|помогать|предоставить|ответить|отвечать|"
+        r"написать|создать|выполнить|обсуждать|это сделать|сделать это|поделиться|предложить|комментировать)\b",
+        r"\bя не (?:в состоянии|имею возможности|вправе) (?:\w+ ){0,2}(?:помочь|предоставить|ответить|обсуждать)\b",
+        r"\b(?:вынужден[а]?|должен|должна) отказать(?:ся)?\b|\bя отказываюсь\b",
+        r"\b(?:давайте|лучше) (?:поговорим о (?:чем-то|чём-то) другом|сменим тему)",
+    ),
+    "Ukrainian": (
+        r"\b(?:я )?не (?:можу|зможу|буду) (?:\w+ ){0,2}(?:допомогти|допомагати|надати|відповісти|написати|створити|"
+        r"виконати|обговорювати|це зробити|зробити це)\b",
+        r"\b(?:змушен(?:ий|а)|мушу) відмовити(?:ся)?\b|\bя відмовляюся\b",
+    ),
+    "Turkish": (
+        r"\b(?:yardımcı ol|cevap ver|yanıt ver|yanıtla|cevapla|sağla|yaz|oluştur|sun|yap|tartış|paylaş|yerine getir)"
+        r"(?:amam|emem|amıyorum|emiyorum|mayacağım|meyeceğim|amayacağım|emeyeceğim|mam|mem)\b",
+        r"\bi?reddetmek zorundayım\b|\breddediyorum\b",
+    ),
+    "Indonesian": (
+        r"\b(?:saya|kami) (?:tidak|tak) (?:dapat|bisa|mampu|akan) (?:\w+ )?(?:membantu|memberikan|menjawab|menyediakan|"
+        r"menulis|membuat|memenuhi|melakukan|membahas|mendukung)\b(?! (?:angka|jumlah) pasti)",
+        r"\b(?:saya|kami) (?:harus |terpaksa )?menolak\b",
+    ),
+    "Vietnamese": (
+        r"\b(?:tôi|mình|chúng tôi) (?:không thể|không được phép|sẽ không) (?:\w+ )?(?:giúp|hỗ trợ|cung cấp|trả lời|"
+        r"viết|tạo|thực hiện|đáp ứng|thảo luận)\b",
+        r"\btôi (?:xin|phải) từ chối\b",
+    ),
+    "Japanese": (
+        r"(?:お手伝い|お答え|回答|提供|対応|支援|サポート|お応え|協力|作成|お伝え|ご案内|説明|コメント)(?:を|は|に|が)?(?:する|応じる|お受けする)?"
+        r"(?:こと(?:は|が|も))?(?:でき(?:ません|ない|かねます)|いたしかねます|致しかねます|しかねます|応じられません|差し控え)",
+        r"(?:応じ|答え|教え|手伝え|受け入れ)(?:ること(?:は|が)でき)?(?:られ)?(?:ません|かねます)",
+        r"(?:申し訳|すみません|ごめんなさい)[^。]{0,40}(?:できません|できかねます|いたしかねます|お断り)",
+        r"お断り(?:いたします|します|させていただ)",
+    ),
+    "Korean": (
+        r"(?:도와|도움을|답변|대답|제공|작성|지원|응답|설명|수행|논의|응할|알려|말씀)(?:\s?(?:드릴|해\s?드릴|할|해|줄|을|를|하는|드리기|하기|주|"
+        r"해\s?줄|해드릴|해줄)){0,3}\s?(?:수\s?(?:는|가)?\s?없|어렵|못|않겠)",
+        r"(?:죄송|미안)[^.]{0,40}(?:수\s?(?:는|가)?\s?없습니다|어렵습니다|거절)",
+        r"거절(?:하겠|합니다|해야|할\s?수밖에)",
+    ),
+    "Arabic": (
+        r"(?:لا|لن) (?:أستطيع|استطيع|يمكنني|أتمكن من|اتمكن من|أقدر|أقوم ب)"
+        r" ?(?:من )?(?:أن )?(?:ال)?(?:مساعد|تقديم|توفير|إجاب|اجاب|الرد|"
+        r"كتاب|إنشاء|انشاء|مناقش|تلبي|تنفيذ|أساعد|أجيب|أقدم|أكتب|مشارك|القيام)",
+        r"(?:لست قادر|لا أملك القدرة|غير قادر)[^.]{0,12}(?:على )",
+        r"(?:يجب أن أرفض|أرفض (?:أن|ال|تقديم)|أعتذر(?:،|,)? (?:و?لكن(?:ني)?|لا) )",
+    ),
+    "Hindi": (
+        r"(?:मदद|सहायता|उत्तर|जवाब|जानकारी|चर्चा|प्रदान|पूरा|अनुरोध)[^।.]{0,24}"
+        r"(?:नहीं (?:कर|दे|दी|की) ?(?:सकत|सकूँग|सकूंग|जा सकत|पाऊँग|पाऊंग)"
+        r"|(?:करने|देने) में (?:असमर्थ|सक्षम नहीं))",
+        r"(?:माफ़|माफ|क्षमा)[^।.]{0,40}(?:नहीं (?:कर|दे) ?सकत|असमर्थ)",
     ),
 }
 _REFUSAL = re.compile("|".join(pattern for patterns in REFUSALS.values() for pattern in patterns))
