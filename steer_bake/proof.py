@@ -7,6 +7,7 @@ windows. The tokens lie beyond the window, and also where rope scaling has set i
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from .skeleton import changed, skeleton
 
 #: Greatest gap of float32 logits, in units of their deviation: where only names change, and where values do.
 SAME, ROUNDED = 1e-6, 5e-6
+#: Where frequencies are computed in another way: so many times what one unit in the last place of each of them does.
+FREQUENCIES = 4.0
 VOCABULARY, TOKENS, PADDING, WINDOW = 96, 24, 3, 8
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta")
 _SIZES = {
@@ -103,15 +106,33 @@ def _difference(source: Layout, rule: Rule) -> str:
         _save_random(shrunk(source), before)
         base = Checkpoint.open(before)
         claim = housed(base, rule)
-        write_edited(base, claim.edits((), {}), after, config_changes=claim.config_changes, rename=claim.rename({}))
+        write_edited(
+            base,
+            claim.edits((), {}),
+            after,
+            config_changes=claim.config_changes,
+            rename=claim.rename({}),
+            drop=claim.dropped,
+        )
         longest = _longest(source.text.to_dict())
         old, new = _logits(before, "float32", longest), _logits(after, "float32", longest)
-        gap = float((old - new).abs().max() / old.std())
-        limit = SAME if claim.house.same_bits else ROUNDED
-        if not gap <= limit:
-            return f"their logits differ by {gap:.1e} standard deviations (at most {limit:.0e} is rounding)"
-        same = torch.equal(_logits(before, "bfloat16", longest), _logits(after, "bfloat16", longest))
-        return "" if same or not claim.house.same_bits else "their logits differ in bfloat16, which they should not"
+        rounding = [SAME if claim.house.same_bits else ROUNDED] * len(old)
+        if claim.house.new_frequencies:
+            off = _gaps(old, _logits(before, "float32", longest, nudged=True))
+            rounding = [known + FREQUENCIES * gap for known, gap in zip(rounding, off, strict=True)]
+        for gap, limit in zip(_gaps(old, new), rounding, strict=True):
+            if not gap <= limit:
+                return f"their logits differ by {gap:.1e} standard deviations (at most {limit:.0e} is rounding)"
+        if not claim.house.same_bits:
+            return ""
+        pairs = zip(_logits(before, "bfloat16", longest), _logits(after, "bfloat16", longest), strict=True)
+        same = all(torch.equal(one, other) for one, other in pairs)
+        return "" if same else "their logits differ in bfloat16, which they should not"
+
+
+def _gaps(old: list[Tensor], new: list[Tensor]) -> list[float]:
+    size = torch.cat(old).std()
+    return [float((one - other).abs().max() / size) for one, other in zip(old, new, strict=True)]
 
 
 def _longest(values: Any) -> int:
@@ -140,8 +161,10 @@ def _save_random(config: PretrainedConfig, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def _logits(folder: Path, dtype: str, longest: int) -> Tensor:
-    """Of random tokens at positions from 0 on, across the model's longest context and far beyond it, [tokens, vocab].
+def _logits(folder: Path, dtype: str, longest: int, *, nudged: bool = False) -> list[Tensor]:
+    """Of random tokens at positions from 0 on, across the model's longest context and far beyond it: [tokens, vocab].
+
+    ``nudged``: with every frequency of rope greater by a unit in the last place.
 
     Raises:
         NotFoldable: the host's class does not load what was written for it.
@@ -149,6 +172,9 @@ def _logits(folder: Path, dtype: str, longest: int) -> Tensor:
     model, problems = load_strict(str(folder), dtype)
     if problems:
         raise NotFoldable(f"the {model.config.model_type} class does not load the model: {'; '.join(problems[:4])}")
+    for name, buffer in model.named_buffers() if nudged else ():
+        if name.endswith("inv_freq"):
+            buffer.copy_(torch.nextafter(buffer, torch.full_like(buffer, math.inf)))
     model.set_attn_implementation("eager")  # not every class has a faster one, and each rounds in its own way
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in (TOKENS, TOKENS - PADDING)]
@@ -158,4 +184,4 @@ def _logits(folder: Path, dtype: str, longest: int) -> Tensor:
         model(input_ids=ids, attention_mask=mask, position_ids=positions + offset, use_cache=False).logits[mask.bool()]
         for offset in (0, max(0, longest - TOKENS // 2), 3 * longest)
     ]
-    return torch.cat(found).float()
+    return [one.float() for one in found]

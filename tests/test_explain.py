@@ -129,7 +129,8 @@ def test_the_json_has_a_stable_shape() -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert list(found) == [
-        *("model", "model_type", "read", "described", "parameters", "layers", "width", "layout", "note", "rows")
+        *("model", "model_type", "read", "described", "parameters", "layers", "width", "layout", "note", "rows"),
+        "houses",
     ]
     assert list(found["rows"][0]) == ["sites", "operation", "options", "refused"]
     assert list(found["rows"][0]["options"][0]) == [

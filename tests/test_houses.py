@@ -33,6 +33,7 @@ from . import tiny, zoo
 
 FULL = {"layer_types": ["full_attention"] * zoo.LAYERS}
 WINDOW = 8
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 #: (model type, overrides of the tiny config, the class that takes it in)
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2": ("qwen2", {}, "llama"),
@@ -51,7 +52,21 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3": ("qwen3", {}, "hy_v3"),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}, "hy_v3"),
     "dots1": ("dots1", {**FULL, "norm_topk_prob": True}, "hy_v3"),
+    "glm4_moe": ("glm4_moe", {"use_qk_norm": True}, "hy_v3"),
+    "mixtral": ("mixtral", {"sliding_window": None}, "ernie4_5_moe"),
     "deepseek_v3": ("deepseek_v3", {}, "glm4_moe_lite"),
+    "phi3": ("phi3", {"sliding_window": None}, "llama"),
+    "phi3 tied": ("phi3", {"sliding_window": None, "tie_word_embeddings": True}, "llama"),
+    "phi3 that turns half of each head": ("phi3", {"sliding_window": None, "rope_parameters": PARTIAL}, "llama"),
+    "phi3 with a window": ("phi3", {"sliding_window": WINDOW}, "granite_swa"),
+    "glm": ("glm", {}, "llama"),
+    "glm without biases": ("glm", {"attention_bias": False, "tie_word_embeddings": True}, "llama"),
+    "helium": ("helium", {}, "llama"),
+    "helium with biases": ("helium", {"attention_bias": True, "mlp_bias": True}, "llama"),
+    "ernie4_5": ("ernie4_5", {}, "llama"),
+    "ernie4_5 with biases, untied": ("ernie4_5", {"use_bias": True, "tie_word_embeddings": False}, "llama"),
+    "gemma in llama": ("gemma", {}, "llama"),
+    "gemma untied in llama": ("gemma", {"tie_word_embeddings": False}, "llama"),
     "gemma": ("gemma", {}, "granite"),
     "gemma untied": ("gemma", {"tie_word_embeddings": False}, "granite"),
 }
@@ -78,7 +93,14 @@ def relabelled(folder: Path, out: Path, host: str) -> House:
     out.mkdir()
     base = Checkpoint.open(folder)
     claim = housed(base, registry.load("houses", host))
-    write_edited(base, claim.edits((), {}), out, config_changes=claim.config_changes, rename=claim.rename({}))
+    write_edited(
+        base,
+        claim.edits((), {}),
+        out,
+        config_changes=claim.config_changes,
+        rename=claim.rename({}),
+        drop=claim.dropped,
+    )
     return claim.house
 
 
@@ -137,7 +159,9 @@ def test_where_the_bits_are_said_to_be_the_same_in_bfloat16_they_are(
     tokens = zoo.ids(40, batch=2)
     old, new = (logits(load(tmp_path / name, "bfloat16"), tokens).float() for name in ("base", "out"))
     assert torch.equal(old, new) or not house.same_bits
-    assert (old - new).abs().max() / old.std() < 0.1
+    exact = logits(load(tmp_path / "base"), tokens)  # of the same weights; a router may choose another expert there
+    rounding = max(0.1, 1.2 * float((old - exact).abs().max() / old.std()))
+    assert (old - new).abs().max() / old.std() < rounding
 
 
 @every_case
@@ -154,7 +178,7 @@ def test_a_rehoused_bake_equals_its_hooks_on_the_source(
         recipes["post"] = [adding("resid_post.1", 4.0)]
         recipes["all"] = [adding(f"resid_post.{layer}", 1.5, layer) for layer in range(zoo.LAYERS)]
     for name, wanted in recipes.items():
-        bake(tmp_path / "base", tmp_path / name, wanted)
+        bake(tmp_path / "base", tmp_path / name, wanted, f"rehouse:{host}")
         baked = load(tmp_path / name, eager=False)
         assert baked.config.model_type == host
         assert len(baked.model.layers) == zoo.LAYERS  # held by biases, not by more layers
@@ -307,8 +331,18 @@ def test_a_query_scale_that_sets_in_far_out_is_not_lost(tmp_path: Path) -> None:
     assert "their logits differ" in refused("ministral3", tmp_path, llama)  # from position 16384 on
 
 
-def test_partial_rotary_is_not_lost(tmp_path: Path) -> None:
-    assert "their logits differ" in refused("glm4_moe", tmp_path, registry.load("houses", "hy_v3"), use_qk_norm=True)
+@pytest.mark.parametrize(("model_type", "lost"), [("glm4_moe", "rope"), ("glm4_moe", "order"), ("glm", "order")])
+def test_partial_rotary_is_not_lost(model_type: str, lost: str, tmp_path: Path) -> None:
+    """Neither the kind of rope nor the order of a head's components can be left out."""
+    host = registry.load("houses", CASES[model_type][2])
+
+    def rule(config: PretrainedConfig) -> House:
+        house = host(config)
+        values = {name: value for name, value in house.values.items() if name != "rope_parameters"}
+        parts = {name: part for name, part in house.parts.items() if not name.startswith("self_attn.")}
+        return replace(house, values=values) if lost == "rope" else replace(house, parts=parts)
+
+    assert "not the same under" in refused(model_type, tmp_path, rule, **CASES[model_type][1])
 
 
 def test_llama_has_no_norms_for_hy_v3(tmp_path: Path) -> None:
@@ -404,7 +438,7 @@ def test_sinks_of_an_inserted_layer_weigh_nothing_either(tmp_path: Path) -> None
     zoo.save("mistral", tmp_path, sliding_window=WINDOW)
     claim = housed(Checkpoint.open(tmp_path), granite_swa)
     plan = make_plan(claim.base, [adding("resid_pre.0", 1.0)], "bit_exact")
-    assert plan.order
+    assert plan.moved
     edits = {edit.tensor: edit for edit in claim.edits(plan.edits, plan.rename)}
     sinks = [name for name in edits if name.endswith(".sinks")]
     assert len(sinks) == zoo.LAYERS + 1
@@ -417,7 +451,7 @@ def test_a_layer_inserted_into_the_other_class_adds_its_vector_too(tmp_path: Pat
     wanted = [adding("resid_pre.0", 0.5), adding("resid_post.2", 3.0, 5)]
     plan = make_plan(Checkpoint.open(tmp_path / "base"), wanted, "bit_exact")
     assert plan.model_type == "granite_swa"
-    assert plan.order
+    assert plan.moved
     baked = load(bake(tmp_path / "base", tmp_path / "out", wanted, "bit_exact"))
     tokens = zoo.ids(20, batch=2)
     with steer(model, wanted):
@@ -436,6 +470,7 @@ def test_the_rules_that_claim_a_model_are_found_in_the_folder(tmp_path: Path) ->
     assert [rule.__name__ for rule in hosts(Checkpoint.open(tmp_path))] == ["granite_swa", "llama"]
 
 
+@pytest.mark.tampered  # the base gets the tokenizer's own files
 def test_the_certificate_compares_the_tokenizers_of_a_rehoused_folder(qwen: Path, tmp_path: Path) -> None:
     def tokenizer_check(name: str) -> Check:
         out = bake(qwen, tmp_path / name, wanted, "rehouse:llama")
