@@ -7,7 +7,6 @@ windows. The tokens lie beyond the window, and also where rope scaling has set i
 
 from __future__ import annotations
 
-import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,6 @@ from .skeleton import changed, skeleton
 
 #: Greatest gap of float32 logits, in units of their deviation: where only names change, and where values do.
 SAME, ROUNDED = 1e-6, 5e-6
-#: Where frequencies are computed in another way: so many times what one unit in the last place of each of them does.
-FREQUENCIES = 4.0
 VOCABULARY, TOKENS, PADDING, WINDOW = 96, 24, 3, 8
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers", "layer_rope_theta")
 _SIZES = {
@@ -72,9 +69,12 @@ def shrunk(source: Layout) -> PretrainedConfig:
     few = min(keys, 2)
     sizes |= {"num_attention_heads": few * heads // keys, "num_key_value_heads": few}
     width = sizes["num_attention_heads"] * -(-64 // sizes["num_attention_heads"])
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if text.hidden_size == heads * size and (heads == keys or "short_factor" in (text.rope_parameters or {})):
+        width = sizes["num_attention_heads"] * size  # classes without shared keys count on it, and so do such ropes
     sizes |= {"hidden_size": width, "intermediate_size": 2 * width}
     if not hasattr(text, "qk_rope_head_dim"):
-        sizes["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
+        sizes["head_dim"] = size
     top = getattr(text, "num_experts_per_tok", None) or 1
     groups = getattr(text, "n_group", None) or 1
     sizes |= {name: groups * -(-2 * top // groups) for name in _EXPERTS if getattr(text, name, None)}
@@ -116,23 +116,12 @@ def _difference(source: Layout, rule: Rule) -> str:
         )
         longest = _longest(source.text.to_dict())
         old, new = _logits(before, "float32", longest), _logits(after, "float32", longest)
-        rounding = [SAME if claim.house.same_bits else ROUNDED] * len(old)
-        if claim.house.new_frequencies:
-            off = _gaps(old, _logits(before, "float32", longest, nudged=True))
-            rounding = [known + FREQUENCIES * gap for known, gap in zip(rounding, off, strict=True)]
-        for gap, limit in zip(_gaps(old, new), rounding, strict=True):
-            if not gap <= limit:
-                return f"their logits differ by {gap:.1e} standard deviations (at most {limit:.0e} is rounding)"
-        if not claim.house.same_bits:
-            return ""
-        pairs = zip(_logits(before, "bfloat16", longest), _logits(after, "bfloat16", longest), strict=True)
-        same = all(torch.equal(one, other) for one, other in pairs)
-        return "" if same else "their logits differ in bfloat16, which they should not"
-
-
-def _gaps(old: list[Tensor], new: list[Tensor]) -> list[float]:
-    size = torch.cat(old).std()
-    return [float((one - other).abs().max() / size) for one, other in zip(old, new, strict=True)]
+        gap = float((old - new).abs().max() / old.std())
+        limit = SAME if claim.house.same_bits else ROUNDED
+        if not gap <= limit:
+            return f"their logits differ by {gap:.1e} standard deviations (at most {limit:.0e} is rounding)"
+        same = torch.equal(_logits(before, "bfloat16", longest), _logits(after, "bfloat16", longest))
+        return "" if same or not claim.house.same_bits else "their logits differ in bfloat16, which they should not"
 
 
 def _longest(values: Any) -> int:
@@ -161,10 +150,8 @@ def _save_random(config: PretrainedConfig, folder: Path) -> None:
 
 
 @torch.inference_mode()
-def _logits(folder: Path, dtype: str, longest: int, *, nudged: bool = False) -> list[Tensor]:
-    """Of random tokens at positions from 0 on, across the model's longest context and far beyond it: [tokens, vocab].
-
-    ``nudged``: with every frequency of rope greater by a unit in the last place.
+def _logits(folder: Path, dtype: str, longest: int) -> Tensor:
+    """Of random tokens at positions from 0 on, across the model's longest context and far beyond it, [tokens, vocab].
 
     Raises:
         NotFoldable: the host's class does not load what was written for it.
@@ -172,9 +159,6 @@ def _logits(folder: Path, dtype: str, longest: int, *, nudged: bool = False) -> 
     model, problems = load_strict(str(folder), dtype)
     if problems:
         raise NotFoldable(f"the {model.config.model_type} class does not load the model: {'; '.join(problems[:4])}")
-    for name, buffer in model.named_buffers() if nudged else ():
-        if name.endswith("inv_freq"):
-            buffer.copy_(torch.nextafter(buffer, torch.full_like(buffer, math.inf)))
     model.set_attn_implementation("eager")  # not every class has a faster one, and each rounds in its own way
     generator = torch.Generator().manual_seed(1)
     rows = [torch.randint(VOCABULARY, (length,), generator=generator).tolist() for length in (TOKENS, TOKENS - PADDING)]
@@ -184,4 +168,4 @@ def _logits(folder: Path, dtype: str, longest: int, *, nudged: bool = False) -> 
         model(input_ids=ids, attention_mask=mask, position_ids=positions + offset, use_cache=False).logits[mask.bool()]
         for offset in (0, max(0, longest - TOKENS // 2), 3 * longest)
     ]
-    return [one.float() for one in found]
+    return torch.cat(found).float()

@@ -50,7 +50,6 @@ class House:
     fill: Mapping[str, float] = field(default_factory=dict)  # what new tensors hold; others hold zeros
     offset: Mapping[str, float] = field(default_factory=dict)  # what is added to tensors that the model has
     same_bits: bool = True  # in bfloat16 too; the proof holds it to that
-    new_frequencies: bool = False  # the host computes those of its rope in another way: the last bit may differ
     needs: tuple[str, ...] = ()  # what a loader must have beyond the class itself, in the words of runtimes.yaml
 
 

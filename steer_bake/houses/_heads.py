@@ -45,13 +45,22 @@ def turned(config: PretrainedConfig, *, neighbours: bool = False) -> Turned | No
     half = len(still) // 2
     order = (*firsts, *still[:half], *seconds, *still[half:])
     if rotated == size:
-        return Turned(order if neighbours else (0,), {}, partial=False)
-    if rope.get("rope_type", "default") != "default":
+        return Turned(order if neighbours else (0,), _context(config), partial=False)
+    if rotated % 2 or size % 2 or rope.get("rope_type", "default") != "default":
         return None
     share = {"rope_type": "proportional", "partial_rotary_factor": rotated / size}
     return Turned(
         order, {"rope_parameters": {**share, "rope_theta": rope["rope_theta"] ** (size / rotated)}}, partial=True
     )
+
+
+def _context(config: PretrainedConfig) -> dict[str, Any]:
+    """Phi-3 says the context that longrope begins at beside the table of the rope; others ask for it within."""
+    begins = getattr(config, "original_max_position_embeddings", None)
+    if begins is None or config.rope_parameters.get("rope_type", "default") == "default":
+        return {}
+    rope = {**config.rope_parameters, "original_max_position_embeddings": begins}
+    return {"rope_parameters": rope, "original_max_position_embeddings": begins}
 
 
 def neighbours(size: int) -> Order:

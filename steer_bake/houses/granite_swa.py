@@ -38,6 +38,5 @@ def granite_swa(config: PretrainedConfig) -> House | None:
         parts=query_key_value(config, heads.order) | gate_and_up(config) if fused else {},
         fill={"self_attn.sinks": _NOTHING},
         same_bits=not heads.partial,
-        new_frequencies=heads.partial,
         needs=("proportional_rope",) if heads.partial else (),
     )

@@ -44,7 +44,6 @@ def hy_v3(config: PretrainedConfig) -> House | None:
         rename={_CORRECTION: "mlp.e_score_correction_bias"},
         parts=heads.parts(config) | norms,
         same_bits=heads.order == (0,),
-        new_frequencies=heads.partial,
         needs=("proportional_rope",) if heads.partial else (),
     )
 

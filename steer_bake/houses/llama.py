@@ -51,7 +51,6 @@ def _turned(config: PretrainedConfig, house: House) -> House | None:
         values={**house.values, **_mlp_bias(config), **found.values},
         parts=parts,
         same_bits=found.order == (0,),  # products of heads are sums, which now run in another order
-        new_frequencies=found.partial,
         needs=("proportional_rope",) if found.partial else (),
     )
 
