@@ -21,7 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .direction import Direction
-    from .explain import Explanation
+    from .explain import Explanation, Option
     from .plan import Plan
     from .unbake import Step
 
@@ -95,24 +95,10 @@ def explanation(found: Explanation) -> None:
     rows: list[tuple[str | Text, ...]] = []
     for row in found.rows:
         for number, one in enumerate(row.options):
-            share = f"{100 * one.share:.1f} %" if one.share >= 0.001 else "< 0.1 %"
             marks = "".join(mark for prefer, mark in _MARKS.items() if prefer in one.preferred_by)
-            rows.append(
-                (
-                    "" if number else f"{row.operation} {row.sites}",
-                    one.representation.replace("embedding_rows", "embedding"),
-                    marks,
-                    f"{_short(one.parameters)}  {share}" if one.parameters else "0",
-                    str(one.layers or ""),
-                    *map(_known, one.loads.values()),
-                )
-            )
+            rows.append(("" if number else f"{row.operation} {row.sites}", *_offered(one, marks)))
     loads = [{"transformers": "HF"}.get(one.name, one.name) for one in runtimes()]
-    table = _table(["", "held by", "", "new parameters", "layers", *loads], rows)
-    table.collapse_padding = True
-    for column in table.columns:
-        column.no_wrap = True
-    _print(table)
+    _narrow(["", "held by", "", "new parameters", "layers", *loads], rows)
     click.echo("* default (prefer: smallest), b prefer: bit_exact, w prefer: widest_loading; HF is transformers")
     changed: dict[str, set[str]] = {}
     for option in (one for row in found.rows for one in row.options if " + " not in one.representation):
@@ -120,12 +106,48 @@ def explanation(found: Explanation) -> None:
     for name, keys in changed.items():
         if keys:
             click.echo(f"config.json: {name} sets {', '.join(sorted(keys))}")
+    _houses(found, loads)
     why: dict[str, list[str]] = {}
     for row in found.rows:
         if not row.options:
             why.setdefault(_first_sentence("; ".join(row.refused.values())), []).append(f"{row.operation} {row.sites}")
     for sentence, refused in why.items():
         click.echo(textwrap.fill(f"refused: {', '.join(refused)}: {sentence}", _width(), subsequent_indent="  "))
+
+
+def _houses(found: Explanation, loads: Sequence[str]) -> None:
+    """The other classes that a model could be of."""
+    rows = [(one.model_type, *_offered(one.option, "b" if one.same_bits else "")) for one in found.houses if one.option]
+    if rows:
+        example = found.houses[0]
+        click.echo(
+            f"\nas another class (prefer: rehouse:CLASS), {example.operation} {example.sites}; proven before a bake"
+        )
+        _narrow(["", "held by", "", "new parameters", "layers", *loads], rows)
+        click.echo("b the same bits in bfloat16 as under its own class")
+    for one in found.houses:
+        if not one.option:
+            text = f"refused: as {one.model_type}: {_first_sentence(one.refused)}"
+            click.echo(textwrap.fill(text, _width(), subsequent_indent="  "))
+
+
+def _offered(one: Option, marks: str) -> tuple[str | Text, ...]:
+    share = f"{100 * one.share:.1f} %" if one.share >= 0.001 else "< 0.1 %"
+    return (
+        one.representation.replace("embedding_rows", "embedding"),
+        marks,
+        f"{_short(one.parameters)}  {share}" if one.parameters else "0",
+        str(one.layers or ""),
+        *map(_known, one.loads.values()),
+    )
+
+
+def _narrow(columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> None:
+    table = _table(columns, rows)
+    table.collapse_padding = True
+    for column in table.columns:
+        column.no_wrap = True
+    _print(table)
 
 
 _MARKS = {"smallest": "*", "bit_exact": "b", "widest_loading": "w"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .checkpoint import Checkpoint, TensorInfo
 from .direction import Direction
 from .draft import Draft
 from .errors import CheckpointError, NotFoldable, RecipeError, UnknownArchitecture
+from .houses import House, Rule, housed, rules
 from .interventions import Intervention, intervene
 from .models import open_base, read_config
 from .plan import PREFERENCES, Offer, choose, offers
@@ -58,6 +59,22 @@ class Option:
     def is_default(self) -> bool:
         return "smallest" in self.preferred_by
 
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "representation": self.representation,
+            "default": self.is_default,
+            "preferred_by": list(self.preferred_by),
+            "parameters": self.parameters,
+            "share": self.share,
+            "layers": self.layers,
+            "bit_exact": self.bit_exact,
+            "demands": self.demands,
+            "config_changes": dict(self.config_changes),
+            "needs": list(self.needs),
+            "loads": dict(self.loads),
+            "note": self.note,
+        }
+
 
 @dataclass(frozen=True)
 class Row:
@@ -67,6 +84,29 @@ class Row:
     operation: str
     options: tuple[Option, ...]
     refused: Mapping[str, str] = field(default_factory=dict)  # by representation; "" is for all of them
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Another model class that a file in houses/ says is the same function. It is proven before a bake, not here."""
+
+    model_type: str
+    sites: str  # what is held there, as an example: that of the first row
+    operation: str
+    same_bits: bool  # in bfloat16 too
+    option: Option | None  # the smallest there; its parameters are with those that the class itself adds
+    refused: str = ""  # why there is none
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "model_type": self.model_type,
+            "proven": "before a bake",
+            "sites": self.sites,
+            "operation": self.operation,
+            "same_bits": self.same_bits,
+            "option": None if self.option is None else self.option.as_json(),
+            "refused": self.refused,
+        }
 
 
 @dataclass(frozen=True)
@@ -83,6 +123,7 @@ class Explanation:
     layout: Mapping[str, Any]  # what of the stream is known: the stack, the blocks, whether they are parallel
     rows: tuple[Row, ...]
     note: str = ""
+    houses: tuple[Claim, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -99,27 +140,12 @@ class Explanation:
                 {
                     "sites": row.sites,
                     "operation": row.operation,
-                    "options": [
-                        {
-                            "representation": one.representation,
-                            "default": one.is_default,
-                            "preferred_by": list(one.preferred_by),
-                            "parameters": one.parameters,
-                            "share": one.share,
-                            "layers": one.layers,
-                            "bit_exact": one.bit_exact,
-                            "demands": one.demands,
-                            "config_changes": dict(one.config_changes),
-                            "needs": list(one.needs),
-                            "loads": dict(one.loads),
-                            "note": one.note,
-                        }
-                        for one in row.options
-                    ],
+                    "options": [one.as_json() for one in row.options],
                     "refused": dict(row.refused),
                 }
                 for row in self.rows
             ],
+            "houses": [one.as_json() for one in self.houses],
         }
 
 
@@ -152,8 +178,18 @@ def explain(
         rows.append(_row(label, operation, places, view, total))
         if progress is not None:
             progress(done + 1, len(asked))
+    houses = _houses(asked[0], view, total) if asked else ()
     return Explanation(
-        name, layout.model_type, read, True, total, layout.layers, layout.width, _described(layout), tuple(rows)
+        name,
+        layout.model_type,
+        read,
+        True,
+        total,
+        layout.layers,
+        layout.width,
+        _described(layout),
+        tuple(rows),
+        houses=houses,
     )
 
 
@@ -261,14 +297,20 @@ def _made_up(operation: str, site: Site, width: int) -> Intervention:
 
 
 def _option(
-    shown: str, preferred_by: tuple[str, ...], found: Sequence[Offer], decided: Sequence[str], base: Base, total: int
+    shown: str,
+    preferred_by: tuple[str, ...],
+    found: Sequence[Offer],
+    decided: Sequence[str],
+    base: Base,
+    total: int,
+    added: frozenset[str] = frozenset(),
 ) -> Option:
     draft = Draft(base)
     holdings = [offer.options[name] for offer, name in zip(found, decided, strict=True)]
     for holding in holdings:
         draft.add(holding)
     draft.complete()
-    needs = tuple(sorted(set(_needs(draft, base))))
+    needs = tuple(sorted(set(_needs(draft, base, added))))
     new = sum(math.prod(edit.shape) for name, edit in draft.edits.items() if not base.has(name))
     _, config_changes, *_ = draft.numbered()
     host = base.layout.parsed.model_type  # a decoder inside a wrapper is another class to a loader
@@ -287,23 +329,64 @@ def _option(
     )
 
 
-def _needs(draft: Draft, base: Base) -> Iterable[str]:
-    """What a loader must have for the tensors that the base has not."""
+# --- other classes
+
+
+def _houses(asked: tuple[str, str, Sequence[Site]], base: Base, total: int) -> tuple[Claim, ...]:
+    """What every house that claims the model would make of what is ``asked``."""
+    label, operation, places = asked
+    wanted = [_made_up(operation, site, base.layout.width) for site in places]
+    found = []
+    for rule in rules(base.layout):
+        house = rule(base.layout.parsed)
+        if house is None:
+            continue
+        option, refused = None, ""
+        try:
+            option = _housed(rule, house, wanted, base, total)
+        except (NotFoldable, RecipeError) as reason:
+            refused = str(reason)
+        found.append(Claim(house.model_type, label, operation, house.same_bits, option, refused))
+    return tuple(found)
+
+
+def _housed(rule: Rule, house: House, wanted: Sequence[Intervention], base: Base, total: int) -> Option:
+    claim = housed(base.checkpoint, rule)
+    host = Base(claim.base, architectures.layout(claim.base.config))
+    found = offers(host, wanted)
+    decided = tuple(one.representation for one in choose(found, host, "smallest")[1])
+    shown = " + ".join(dict.fromkeys(decided))
+    added = frozenset(name for name in claim.base.tensors if name not in claim.names)
+    option = _option(shown, (f"rehouse:{house.model_type}",), found, decided, host, total, added)
+    new = option.parameters + claim.added
+    needs = tuple(sorted({*option.needs, *house.needs}))
+    return replace(
+        option,
+        parameters=new,
+        share=new / total,
+        config_changes={**claim.config_changes, **option.config_changes},
+        needs=needs,
+        loads={one.name: one.loads(house.model_type, needs) for one in runtimes()},
+    )
+
+
+def _needs(draft: Draft, base: Base, added: frozenset[str] = frozenset()) -> Iterable[str]:
+    """What a loader must have for the tensors that the base has not, and those of its own that are ``added``."""
     stack = base.on_disk(base.layout.architecture.stack) + "."
     if draft.extras:
         yield "layers"
     every = [(base.prefix(layer), name) for layer in range(base.layers) for name in base.layer_tensors(layer)]
-    kinds = {name.removeprefix(prefix) for prefix, name in every}
+    kinds = {name.removeprefix(prefix) for prefix, name in every if name not in added}
     blocks = {slot: base.layout.architecture.blocks(slot) for slot in SLOTS}
     writing = {
         slot: {weight.bias for block in found for weight in (*block.weights, *block.inner)}
         for slot, found in blocks.items()
     }
     heads = {slot: {name.partition(".")[0] for name in names} for slot, names in writing.items()}
-    for name in draft.edits:
+    for name in (*draft.edits, *sorted(one for one in added if one.endswith(".bias"))):
         inside = name.removeprefix(stack).partition(".")[2]
         if not name.startswith(stack):
-            if not base.has(name):
+            if not base.has(name) or name in added:
                 yield "untied_head"
         elif inside not in kinds:
             slot = "attention" if inside.partition(".")[0] in heads["attention"] else "mlp"

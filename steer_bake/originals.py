@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,15 +87,19 @@ class Originals:
 
 
 def keep(
-    base: Checkpoint, edits: Sequence[Edit], records: Sequence[FileRecord], rename: Mapping[str, str] | None = None
+    base: Checkpoint,
+    edits: Sequence[Edit],
+    records: Sequence[FileRecord],
+    rename: Mapping[str, str] | None = None,
+    drop: Collection[str] = (),
 ) -> Originals:
     """What must be kept of ``base`` to undo ``edits`` after they were written as ``records``.
 
-    ``rename`` is that of :func:`checkpoint.write_edited`: new names of tensors of the base.
+    ``rename`` and ``drop`` are those of :func:`checkpoint.write_edited`.
     """
     new_names, by_name = dict(rename or {}), {edit.tensor: edit for edit in edits}
-    pairs = [(name, by_name.get(new_names.get(name, name))) for name in base.tensors]
-    edited = {name: _way_back(base, name, edit) for name, edit in pairs if edit is not None}
+    pairs = [(name, None if name in drop else by_name.get(new_names.get(name, name))) for name in base.tensors]
+    edited = {name: _way_back(base, name, edit) for name, edit in pairs if edit is not None or name in drop}
     vectors = {name: base.read(name) for name, way in edited.items() if way == KEPT}
     kept = [CONFIG, *([INDEX] if base.files != (ONE_FILE,) else []), JSON_FILE, VECTORS_FILE]
     texts = {name: (base.folder / name).read_bytes() for name in kept if (base.folder / name).is_file()}
@@ -111,9 +115,10 @@ def keep(
     return Originals(tuple(files), edited, new_names, vectors, texts)
 
 
-def _way_back(base: Checkpoint, name: str, edit: Edit) -> str:
+def _way_back(base: Checkpoint, name: str, edit: Edit | None) -> str:
     info = base.tensors[name]
-    if edit.affine.is_identity and edit.source == name and edit.dtype == info.dtype:
+    whole = edit is not None and edit.rows is None and edit.scale == 1 and edit.affine.is_identity
+    if edit is not None and whole and edit.source == name and edit.dtype == info.dtype:
         return GROWN
     return KEPT if len(info.shape) == 1 else FROM_BASE
 

@@ -105,7 +105,7 @@ def bake_opened(
     write = registry.load("targets", target)
     plan = make_plan(base, interventions, prefer)
     if base.remote is not None:
-        check_no_weights(base, plan.edits, plan.rename)
+        check_no_weights(base, plan.edits, plan.rename, plan.dropped)
     out = Path(out)
     with no_empty_folder(out), progress("baking") as advance:
         write(plan, base, ref, out, stack=stack, progress=advance)

@@ -55,11 +55,14 @@ class Plan:
     moved: tuple[tuple[int, int], ...] = ()  # where layers were inserted: the new numbers of an old layer's halves
     rehoused_from: str = ""  # the base's own model type, where the output is of another
     restated: tuple[str, ...] = ()  # tensors that the other class wants with other values
+    dropped: tuple[str, ...] = ()  # tensors of the base of which the output has other parts instead
 
     @property
     def is_constant(self) -> bool:
         """True where no matrix of the base is edited: the file then holds the hooks' constants, rounded, only."""
-        return not self.restated and all(edit.source is None or len(edit.shape) == 1 for edit in self.edits)
+        moved = {edit.tensor for edit in self.edits if edit.rows is not None and edit.only_moves}
+        others = [edit for edit in self.edits if edit.tensor not in moved]
+        return not self.restated and all(edit.source is None or len(edit.shape) == 1 for edit in others)
 
     @property
     def is_approximate(self) -> bool:
@@ -90,6 +93,7 @@ class Plan:
             "config_changes": dict(self.config_changes),
             **({"layers": [list(halves) for halves in self.moved]} if self.moved else {}),
             **({"renamed": len(self.rename)} if self.rename else {}),
+            **({"dropped": len(self.dropped)} if self.dropped else {}),
             "edits": [
                 {
                     "tensor": edit.tensor,
@@ -213,6 +217,7 @@ def _of_source(plan: Plan, claim: Housed, prefer: str) -> Plan:
         rename=claim.rename(plan.rename),
         rehoused_from=claim.source.model_type,
         restated=tuple(plan.rename.get(name, name) for name in claim.restated),
+        dropped=claim.dropped,
     )
 
 
@@ -419,9 +424,10 @@ def _tried(
 def _change(edit: Edit) -> str:
     if edit.source is None:
         return f"new, |shift| {float(edit.affine.shift.norm()):.4g}" if edit.affine.has_shift else "new, zeros"
-    parts = [f"linear part of rank {edit.affine.left.shape[1]}"] if edit.affine.is_linear else []
+    parts = [] if edit.scale == 1 else [f"times {edit.scale:.4g}"]
+    parts += [f"linear part of rank {edit.affine.left.shape[1]}"] if edit.affine.is_linear else []
     parts += [f"|shift| {float(edit.affine.shift.norm()):.4g}"] if edit.affine.has_shift else []
-    return " + ".join(parts) or f"copy of {edit.source}"
+    return " + ".join(parts) or f"{'copy' if edit.rows is None else 'rows'} of {edit.source}"
 
 
 def _content(edit: Edit) -> dict[str, Any]:
@@ -431,6 +437,12 @@ def _content(edit: Edit) -> dict[str, Any]:
         found["only"] = list(edit.only)
     if edit.diagonals:
         found["diagonals"] = [asdict(one) for one in edit.diagonals]
+    if edit.rows is not None:
+        found["rows"] = [edit.rows.start, edit.rows.stop]
+        if not edit.rows.is_run:
+            found["order"] = hashlib.sha256(json.dumps(edit.rows.order).encode()).hexdigest()
+    if edit.scale != 1:
+        found["scale"] = edit.scale
     if edit.appended is not None:
         values = edit.appended.values.contiguous().float().numpy().tobytes()
         found["appended"] = {"axis": edit.appended.axis, "sha256": hashlib.sha256(values).hexdigest()}

@@ -69,9 +69,12 @@ def shrunk(source: Layout) -> PretrainedConfig:
     few = min(keys, 2)
     sizes |= {"num_attention_heads": few * heads // keys, "num_key_value_heads": few}
     width = sizes["num_attention_heads"] * -(-64 // sizes["num_attention_heads"])
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if text.hidden_size == heads * size and (heads == keys or "short_factor" in (text.rope_parameters or {})):
+        width = sizes["num_attention_heads"] * size  # classes without shared keys count on it, and so do such ropes
     sizes |= {"hidden_size": width, "intermediate_size": 2 * width}
     if not hasattr(text, "qk_rope_head_dim"):
-        sizes["head_dim"] = getattr(text, "head_dim", None) or text.hidden_size // heads
+        sizes["head_dim"] = size
     top = getattr(text, "num_experts_per_tok", None) or 1
     groups = getattr(text, "n_group", None) or 1
     sizes |= {name: groups * -(-2 * top // groups) for name in _EXPERTS if getattr(text, name, None)}
@@ -103,7 +106,14 @@ def _difference(source: Layout, rule: Rule) -> str:
         _save_random(shrunk(source), before)
         base = Checkpoint.open(before)
         claim = housed(base, rule)
-        write_edited(base, claim.edits((), {}), after, config_changes=claim.config_changes, rename=claim.rename({}))
+        write_edited(
+            base,
+            claim.edits((), {}),
+            after,
+            config_changes=claim.config_changes,
+            rename=claim.rename({}),
+            drop=claim.dropped,
+        )
         longest = _longest(source.text.to_dict())
         old, new = _logits(before, "float32", longest), _logits(after, "float32", longest)
         gap = float((old - new).abs().max() / old.std())

@@ -18,6 +18,7 @@ FEATURES = (
     "mlp_output_bias",
     "mlp_input_bias",
     "untied_head",
+    "proportional_rope",
 )
 
 

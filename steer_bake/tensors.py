@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .affine import Affine
 from .checkpoint import Checkpoint, Edit, TensorInfo, recompute
 from .checks import Check, listed
 from .contents import Advance, same_bytes
@@ -59,14 +61,14 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def _check_untouched(found: Checkpoint, base: Checkpoint, plan: Plan, advance: Advance) -> Check:
     edited = {edit.tensor for edit in plan.edits}
-    names = {name: plan.rename.get(name, name) for name in base.tensors}
+    names = {name: plan.rename.get(name, name) for name in base.tensors if name not in plan.dropped}
     unknown = {*found.tensors} - {*names.values()} - edited
     wrong = [f"{name} is in neither base nor plan" for name in sorted(unknown)]
     read, linked = 0, set()
-    for old, info in base.tensors.items():
-        name = names[old]
+    for old, name in names.items():
         if name in edited:
             continue
+        info = base.tensors[old]
         now = found.tensors.get(name)
         if now is None or (now.dtype, now.shape) != (info.dtype, info.shape):
             wrong.append(f"{name} is not the base's ({'missing' if now is None else f'{now.dtype} {list(now.shape)}'})")
@@ -160,7 +162,7 @@ def _units_apart(one: Tensor, other: Tensor) -> int:
 
 def _misfit(stored: Tensor, edit: Edit, base: Checkpoint) -> float:
     """Found over planned coefficient, minus one; where no change is planned, the size of the one found."""
-    before = torch.zeros(1).expand(edit.shape) if edit.source is None else base.read(edit.source)
+    before = torch.zeros(1).expand(edit.shape) if edit.source is None else _before(edit, base)
     size = overlap = length = 0.0
     for old, new in zip(_vectors(before, edit.axis), _vectors(stored, edit.axis), strict=True):
         was = old.float()
@@ -169,6 +171,12 @@ def _misfit(stored: Tensor, edit: Edit, base: Checkpoint) -> float:
         overlap += float((found * change).sum())
         length += float((found * found).sum())
     return overlap / size - 1 if size else length**0.5
+
+
+def _before(edit: Edit, base: Checkpoint) -> Tensor:
+    """What the map of an edit applies to."""
+    dtype = base.info(str(edit.source)).dtype if edit.scale == 1 else "F32"
+    return recompute(base, replace(edit, affine=Affine.identity(edit.affine.width)), dtype)
 
 
 def _vectors(tensor: Tensor, axis: int) -> Iterator[Tensor]:

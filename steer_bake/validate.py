@@ -197,7 +197,15 @@ def _candidates(folder: Path, base: Checkpoint, plan: Plan, scratch: Path) -> di
         if not plan.is_constant:
             exact = scratch / "exact"
             exact.mkdir()
-            write_edited(base, plan.edits, exact, config_changes=plan.config_changes, rename=plan.rename, dtype="F32")
+            write_edited(
+                base,
+                plan.edits,
+                exact,
+                config_changes=plan.config_changes,
+                rename=plan.rename,
+                drop=plan.dropped,
+                dtype="F32",
+            )
             found["float32"] = (exact, "float32")
     return found
 

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 
 from steer_bake.affine import Affine
-from steer_bake.checkpoint import Appended, Checkpoint, Edit, publish, write_edited
+from steer_bake.checkpoint import Appended, Checkpoint, Edit, Rows, publish, write_edited
 from steer_bake.errors import CheckpointError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,11 +52,12 @@ def bake(
     progress: Callable[[int, int], None] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """One bake of each kind: new tensors, edited ones, longer ones, renamed ones."""
+    """One bake of each kind: new tensors, edited ones, longer ones, parts of old ones, renamed ones."""
     base = Checkpoint.open(base_folder)
     column = torch.ones(D, 1) / D**0.5
     none = torch.zeros(D, 0)
-    rename = {}
+    rename: dict[str, str] = {}
+    drop: list[str] = []
     if kind == "additive":
         edits = [Edit(f"layers.{index}.b", (D,), "BF16", Affine(none, none, torch.ones(D))) for index in range(SHARDS)]
     elif kind == "ablation":
@@ -65,11 +66,19 @@ def bake(
     elif kind == "neurons":
         more, none = Appended(torch.ones(D, 64), 1), Affine.identity(D)
         edits = [Edit(name, (D, ROWS + 64), "BF16", none, 0, name, more) for name in base.tensors]
+    elif kind == "parts":
+        drop, whole = list(base.tensors), Affine.identity(ROWS)
+        rows = {"top": Rows(0, D // 2), "bottom": Rows(D // 2, D, (1, 3, 0, 2))}
+        edits = [
+            Edit(f"{name}.{part}", (D // 2, ROWS), "BF16", whole, 1, name, rows=rows[part])
+            for name in drop
+            for part in rows
+        ]
     else:
         rename = {"layers.1.w": "layers.2.w", "layers.2.w": "layers.3.w"}
         edits = [Edit("layers.1.w", (D, ROWS), "BF16", Affine.identity(D))]
     with publish(out, overwrite=overwrite) as folder:
-        write_edited(base, edits, folder, config_changes={"kind": kind}, rename=rename, progress=progress)
+        write_edited(base, edits, folder, config_changes={"kind": kind}, rename=rename, drop=drop, progress=progress)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -90,7 +99,7 @@ def kill_bakes(place: Path, count: int, seed: int) -> list[int]:
     torch.set_num_threads(1)
     chance, tally = random.Random(seed), [0, 0]
     base, out, before = place / "base", place / "out", state(place / "base")
-    kinds = ("additive", "ablation", "neurons", "growing")
+    kinds = ("additive", "ablation", "neurons", "parts", "growing")
     expected, seconds = {}, {}
     for kind in kinds:
         began = time.perf_counter()
@@ -98,7 +107,7 @@ def kill_bakes(place: Path, count: int, seed: int) -> list[int]:
         seconds[kind] = time.perf_counter() - began
         expected[kind] = contents(place / kind)
     for trial in range(count):
-        kind, overwrite = kinds[trial % 4], trial // 4 % 2 == 1
+        kind, overwrite = kinds[trial % len(kinds)], trial // len(kinds) % 2 == 1
         if not overwrite:
             shutil.rmtree(out, ignore_errors=True)
         allowed = [expected[kind], contents(out) if overwrite else None]

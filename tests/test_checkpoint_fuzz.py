@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from steer_bake.affine import Affine
-from steer_bake.checkpoint import Appended, Checkpoint, Edit, write_edited
+from steer_bake.checkpoint import Appended, Checkpoint, Edit, Rows, write_edited
 from steer_bake.errors import CheckpointError
 
 WEIGHTS, INDEX, CONFIG = "model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"
@@ -114,6 +114,12 @@ def check(mutation: tuple[str, bytes]) -> None:
             out.mkdir()
             more = Appended(torch.ones(4, 2), 1)
             write_edited(base, [replace(rows[0], shape=(4, 10), appended=more)], out, config_changes={})
+            Checkpoint.open(out)
+            shutil.rmtree(out)
+            out.mkdir()
+            taken = {"top": Rows(0, 2), "bottom": Rows(2, 4, (1, 0))}
+            parts = [Edit(n, (2, 8), "BF16", Affine.identity(8), 1, "w", rows=taken[n], scale=2.0) for n in taken]
+            write_edited(base, parts, out, config_changes={}, drop=("w",))
             Checkpoint.open(out)
         except CheckpointError as refused:
             str(refused).encode()  # a message that cannot be printed would be a second error

@@ -98,6 +98,59 @@ def test_what_a_flag_unlocks_is_asked_of_every_loader() -> None:
     assert "bias" in row(explain("mixtral", ["mlp_out.3"]), "mlp_out.3", "add").refused
 
 
+def test_the_houses_that_claim_a_model_are_listed_with_what_they_give() -> None:
+    found = explain("gemma", ["resid_post.3"])
+    granite, llama = found.houses
+    assert (granite.model_type, llama.model_type) == ("granite", "llama")
+    assert granite.option is not None
+    assert llama.option is not None
+    biases = 28 * (24576 + 24576 + 3072)  # of gate, up and down, in every layer
+    assert granite.option.parameters == biases
+    assert llama.option.parameters == biases + 256000 * 3072  # and a head of its own
+    assert llama.option.loads == {"transformers": True, "vllm": True, "llama.cpp": True, "mlx": True}
+    assert found.as_json()["houses"][1]["proven"] == "before a bake"
+    assert explain("llama", ["resid_post.3"]).houses == ()
+
+
+def test_a_rope_that_the_class_usually_has_not_is_asked_of_every_loader() -> None:
+    [llama] = explain("glm", ["resid_post.3"]).houses
+    assert llama.option is not None
+    assert "proportional_rope" in llama.option.needs
+    assert {"attention_output_bias", "mlp_output_bias"} <= {*llama.option.needs}
+    assert llama.option.loads == {"transformers": True, "vllm": None, "llama.cpp": None, "mlx": None}
+    assert not llama.same_bits
+
+
+def test_what_a_house_would_give_is_what_a_bake_in_it_adds(tmp_path: Path) -> None:
+    for model_type, overrides in (("qwen2", {}), ("phi3", {"sliding_window": None}), ("gemma", {})):
+        zoo.save(model_type, tmp_path / model_type, **overrides)
+        base = Checkpoint.open(tmp_path / model_type)
+        vector = Direction(torch.nn.functional.normalize(torch.ones(zoo.WIDTH), dim=0), None)
+        asked = [intervene("add", vector, site) for site in parse_sites("resid_post.2", zoo.LAYERS)]
+        for claim in explain(str(tmp_path / model_type), ["resid_post.2"]).houses:
+            plan = make_plan(base, asked, f"rehouse:{claim.model_type}")
+            assert claim.option is not None
+            assert claim.option.parameters == sum(decision.parameters for decision in plan.decisions[:1]) + sum(
+                torch.Size(edit.shape).numel() for edit in plan.edits if edit.source is None and ".mlp." in edit.tensor
+            )
+            assert claim.option.config_changes == plan.config_changes
+
+
+def test_a_house_that_cannot_take_the_config_says_why() -> None:
+    [llama] = explain("seed_oss", ["resid_post.3"]).houses
+    assert llama.option is None
+    assert "is not a multiple of the number of attention heads" in llama.refused
+    text = CliRunner().invoke(main, ["explain", "seed_oss", "--site", "resid_post.3"]).stdout
+    assert "refused: as llama: " in text
+
+
+def test_the_table_of_houses_says_that_they_are_not_proven_yet() -> None:
+    text = CliRunner().invoke(main, ["explain", "phi3", "--site", "resid_post.3"]).stdout
+    assert "as another class (prefer: rehouse:CLASS), add resid_post.3; proven before a bake" in text
+    [line] = [line for line in text.splitlines() if line.strip().startswith("llama")]
+    assert line.split() == ["llama", "bias", "b", "623k", "<", "0.1", "%", "yes", "yes", "yes", "yes"]
+
+
 def test_experts_have_their_names_on_disk() -> None:
     assert row(explain("mixtral", ["mlp_out.3"]), "mlp_out.3", "ablate").options[0].representation == "rank_one"
 
@@ -129,7 +182,8 @@ def test_the_json_has_a_stable_shape() -> None:
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert list(found) == [
-        *("model", "model_type", "read", "described", "parameters", "layers", "width", "layout", "note", "rows")
+        *("model", "model_type", "read", "described", "parameters", "layers", "width", "layout", "note", "rows"),
+        "houses",
     ]
     assert list(found["rows"][0]) == ["sites", "operation", "options", "refused"]
     assert list(found["rows"][0]["options"][0]) == [

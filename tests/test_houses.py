@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from steer_bake import card, manifest, registry, reload_worker
 from steer_bake.architectures import layout
+from steer_bake.audit import audit
 from steer_bake.checkpoint import Checkpoint, write_edited
 from steer_bake.comparison import CONSTANTS_TOLERANCE, Check
 from steer_bake.direction import Direction, unit
-from steer_bake.errors import NotFoldable, RecipeError
+from steer_bake.errors import CheckpointError, NotFoldable, RecipeError
 from steer_bake.houses import House, hosts, housed
 from steer_bake.houses.granite_swa import granite_swa
 from steer_bake.houses.llama import llama
@@ -27,12 +31,14 @@ from steer_bake.proof import prove, shrunk
 from steer_bake.sites import Site
 from steer_bake.steering import steer
 from steer_bake.targets.checkpoint import checkpoint
+from steer_bake.unbake import needs_base, unbake
 from steer_bake.validate import validate
 
 from . import tiny, zoo
 
 FULL = {"layer_types": ["full_attention"] * zoo.LAYERS}
 WINDOW = 8
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 #: (model type, overrides of the tiny config, the class that takes it in)
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen2": ("qwen2", {}, "llama"),
@@ -51,7 +57,21 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3": ("qwen3", {}, "hy_v3"),
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}, "hy_v3"),
     "dots1": ("dots1", {**FULL, "norm_topk_prob": True}, "hy_v3"),
+    "glm4_moe": ("glm4_moe", {"use_qk_norm": True}, "hy_v3"),
+    "mixtral": ("mixtral", {"sliding_window": None}, "ernie4_5_moe"),
     "deepseek_v3": ("deepseek_v3", {}, "glm4_moe_lite"),
+    "phi3": ("phi3", {"sliding_window": None}, "llama"),
+    "phi3 tied": ("phi3", {"sliding_window": None, "tie_word_embeddings": True}, "llama"),
+    "phi3 that turns half of each head": ("phi3", {"sliding_window": None, "rope_parameters": PARTIAL}, "llama"),
+    "phi3 with a window": ("phi3", {"sliding_window": WINDOW}, "granite_swa"),
+    "glm": ("glm", {}, "llama"),
+    "glm without biases": ("glm", {"attention_bias": False, "tie_word_embeddings": True}, "llama"),
+    "helium": ("helium", {}, "llama"),
+    "helium with biases": ("helium", {"attention_bias": True, "mlp_bias": True}, "llama"),
+    "ernie4_5": ("ernie4_5", {}, "llama"),
+    "ernie4_5 with biases, untied": ("ernie4_5", {"use_bias": True, "tie_word_embeddings": False}, "llama"),
+    "gemma in llama": ("gemma", {}, "llama"),
+    "gemma untied in llama": ("gemma", {"tie_word_embeddings": False}, "llama"),
     "gemma": ("gemma", {}, "granite"),
     "gemma untied": ("gemma", {"tie_word_embeddings": False}, "granite"),
 }
@@ -78,7 +98,14 @@ def relabelled(folder: Path, out: Path, host: str) -> House:
     out.mkdir()
     base = Checkpoint.open(folder)
     claim = housed(base, registry.load("houses", host))
-    write_edited(base, claim.edits((), {}), out, config_changes=claim.config_changes, rename=claim.rename({}))
+    write_edited(
+        base,
+        claim.edits((), {}),
+        out,
+        config_changes=claim.config_changes,
+        rename=claim.rename({}),
+        drop=claim.dropped,
+    )
     return claim.house
 
 
@@ -137,7 +164,9 @@ def test_where_the_bits_are_said_to_be_the_same_in_bfloat16_they_are(
     tokens = zoo.ids(40, batch=2)
     old, new = (logits(load(tmp_path / name, "bfloat16"), tokens).float() for name in ("base", "out"))
     assert torch.equal(old, new) or not house.same_bits
-    assert (old - new).abs().max() / old.std() < 0.1
+    exact = logits(load(tmp_path / "base"), tokens)  # of the same weights; a router may choose another expert there
+    rounding = max(0.1, 1.2 * float((old - exact).abs().max() / old.std()))
+    assert (old - new).abs().max() / old.std() < rounding
 
 
 @every_case
@@ -154,7 +183,7 @@ def test_a_rehoused_bake_equals_its_hooks_on_the_source(
         recipes["post"] = [adding("resid_post.1", 4.0)]
         recipes["all"] = [adding(f"resid_post.{layer}", 1.5, layer) for layer in range(zoo.LAYERS)]
     for name, wanted in recipes.items():
-        bake(tmp_path / "base", tmp_path / name, wanted)
+        bake(tmp_path / "base", tmp_path / name, wanted, f"rehouse:{host}")
         baked = load(tmp_path / name, eager=False)
         assert baked.config.model_type == host
         assert len(baked.model.layers) == zoo.LAYERS  # held by biases, not by more layers
@@ -179,12 +208,12 @@ def test_ablation_and_a_shift_together_are_held_in_the_other_class(tmp_path: Pat
     assert baked.config.model_type == "llama"
 
 
-@pytest.mark.parametrize("case", ["qwen2", "mistral with a window", "gemma"])
+@pytest.mark.parametrize("case", ["qwen2", "mistral with a window", "gemma", "phi3", "gemma in llama"])
 def test_the_certificate_of_a_rehoused_bfloat16_file_passes(case: str, tmp_path: Path) -> None:
     model_type, overrides, host = CASES[case]
     zoo.save(model_type, tmp_path / "base", dtype=torch.bfloat16, **overrides)
     wanted = [adding("resid_post.1", 4.0)]
-    out = bake(tmp_path / "base", tmp_path / "out", wanted)
+    out = bake(tmp_path / "base", tmp_path / "out", wanted, f"rehouse:{host}")
     rows = zoo.ids(24, batch=3).tolist()
     report = validate(out, tmp_path / "base", wanted, rows, pad_id=zoo.PAD, decode_tokens=6)
     assert report.passed, [check for check in report.checks if not check.passed]
@@ -237,6 +266,141 @@ def test_files_are_linked_where_only_the_class_changes(tmp_path: Path) -> None:
     bake(tmp_path / "base", tmp_path / "out", [adding("resid_post.1", 1.0)])
     shard = tmp_path / "out" / "model-00001-of-00002.safetensors"
     assert shard.samefile(tmp_path / "base" / "model.safetensors")
+
+
+def test_a_fused_projection_comes_apart_in_its_own_file_and_the_plan_says_so(tmp_path: Path) -> None:
+    zoo.save("phi3", tmp_path / "base", sliding_window=None, dtype=torch.bfloat16)
+    base = Checkpoint.open(tmp_path / "base")
+    plan = make_plan(base, [adding("resid_post.1", 1.0)], "rehouse:llama")
+    assert plan.is_constant  # the values of the matrices are the base's
+    assert len(plan.dropped) == 2 * zoo.LAYERS == plan.as_json()["dropped"]
+    assert plan.as_json()["decisions"][0]["parameters"] == 0
+    edits = {edit["tensor"]: edit for edit in plan.as_json()["edits"]}
+    key = edits["model.layers.0.self_attn.k_proj.weight"]
+    assert key["change"] == "rows of model.layers.0.self_attn.qkv_proj.weight"
+    assert key["rows"] == [64, 96]
+    out = Checkpoint.open(bake(tmp_path / "base", tmp_path / "out", list(plan.interventions), "rehouse:llama"))
+    assert not [name for name in out.tensors if "qkv_proj" in name or "gate_up" in name]
+    fused = base.read("model.layers.0.self_attn.qkv_proj.weight")
+    assert torch.equal(out.read("model.layers.0.self_attn.k_proj.weight"), fused[64:96])
+    assert {info.file for name, info in out.tensors.items() if name.endswith("k_proj.weight")} == {out.files[0]}
+
+
+def test_a_plan_knows_the_order_of_the_rows(tmp_path: Path) -> None:
+    zoo.save("helium", tmp_path)
+    base = Checkpoint.open(tmp_path)
+    plan = make_plan(base, [adding("resid_post.1", 1.0)], "rehouse:llama")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    [edit] = [edit for edit in plan.edits if edit.tensor == name]
+    assert edit.rows is not None
+    other = replace(edit, rows=replace(edit.rows, order=tuple(reversed(edit.rows.order))))
+    edits = tuple(other if one is edit else one for one in plan.edits)
+    assert replace(plan, edits=edits).sha256 != plan.sha256
+
+
+@pytest.mark.tampered
+@pytest.mark.parametrize("case", ["phi3", "helium", "gemma in llama"])
+def test_the_audit_sees_a_bit_in_what_was_moved(case: str, tmp_path: Path) -> None:
+    model_type, overrides, host = CASES[case]
+    zoo.save(model_type, tmp_path / "base", dtype=torch.bfloat16, **overrides)
+    base = Checkpoint.open(tmp_path / "base")
+    out = bake(tmp_path / "base", tmp_path / "out", [adding("resid_post.1", 1.0)], f"rehouse:{host}")
+    assert audit(out, base).passed
+    name = "model.embed_tokens.weight" if model_type == "gemma" else "model.layers.2.self_attn.q_proj.weight"
+    info = Checkpoint.open(out).tensors[name]
+    data = bytearray((out / info.file).read_bytes())
+    data[info.start + info.nbytes // 2] ^= 1
+    (out / info.file).unlink()  # which may be the base's
+    (out / info.file).write_bytes(data)
+    assert name in str([check.detail for check in audit(out, base).checks if not check.passed])
+
+
+@pytest.mark.parametrize("case", ["qwen2", "phi3", "mixtral"])
+def test_a_rehousing_is_undone(case: str, tmp_path: Path) -> None:
+    model_type, overrides, host = CASES[case]
+    zoo.save(model_type, tmp_path / "base", **overrides)
+    out = bake(tmp_path / "base", tmp_path / "out", [adding("resid_post.1", 1.0)], f"rehouse:{host}")
+    if needs_base(out):
+        with pytest.raises(CheckpointError, match="which only the base has unedited"):
+            unbake(out, tmp_path / "refused")
+    assert needs_base(out) is (case != "qwen2")
+    unbake(out, tmp_path / "again", Checkpoint.open(tmp_path / "base") if needs_base(out) else None)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == files
+
+
+@pytest.mark.parametrize("model_type", ["glm", "phi3"])
+def test_older_files_that_say_the_rope_at_the_top_are_read_as_they_are_meant(model_type: str, tmp_path: Path) -> None:
+    model = zoo.save(model_type, tmp_path / "base", **CASES["phi3 that turns half of each head"][1])
+    file = tmp_path / "base" / "config.json"
+    config = json.loads(file.read_text())
+    rope = config.pop("rope_parameters")
+    assert rope["partial_rotary_factor"] == 0.5
+    older = {"rope_theta": 10000.0, "partial_rotary_factor": 0.5, "rope_scaling": None}
+    file.write_text(json.dumps({**config, **older}))
+    relabelled(tmp_path / "base", tmp_path / "out", "llama")
+    after = load(tmp_path / "out")
+    assert after.config.rope_parameters["rope_type"] == "proportional"
+    tokens = zoo.ids(40)
+    old = logits(model, tokens)
+    assert (old - logits(after, tokens)).abs().max() / old.std() <= 5e-6
+    assert {name: json.loads((tmp_path / "out" / "config.json").read_text())[name] for name in older} == dict.fromkeys(
+        older
+    )
+
+
+def test_a_longrope_keeps_the_context_that_it_begins_at(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+    zoo.save(
+        "phi3",
+        tmp_path / "base",
+        sliding_window=None,
+        original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, **factors},
+    )
+    prove(housed(Checkpoint.open(tmp_path / "base"), llama))
+    relabelled(tmp_path / "base", tmp_path / "out", "llama")
+    for tokens in (zoo.ids(40), zoo.ids(180)):
+        old, new = (logits(load(tmp_path / name), tokens) for name in ("base", "out"))
+        assert (old - new).abs().max() / old.std() <= 1e-6
+
+
+def test_a_head_that_is_stored_beside_its_tied_table_does_not_count(tmp_path: Path) -> None:
+    model = zoo.save("gemma", tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    table = tensors["model.embed_tokens.weight"]
+    save_file({**tensors, "lm_head.weight": torch.full_like(table, 7.0)}, file, metadata={"format": "pt"})
+    relabelled(tmp_path / "base", tmp_path / "out", "llama")
+    after, tokens = load(tmp_path / "out"), zoo.ids(40)
+    assert torch.equal(after.lm_head.weight, table)
+    assert (logits(model, tokens) - logits(after, tokens)).abs().max() / logits(model, tokens).std() <= 5e-6
+
+
+def test_gemma_keeps_its_tie_in_granite_unless_llama_is_asked_for(tmp_path: Path) -> None:
+    zoo.save("gemma", tmp_path)
+    base, wanted = Checkpoint.open(tmp_path), [adding("resid_post.1", 1.0)]
+    assert make_plan(base, wanted, "rehouse").model_type == "granite"
+    plan = make_plan(base, wanted, "rehouse:llama")
+    assert plan.config_changes["tie_word_embeddings"] is False
+    assert plan.decisions[0].parameters == zoo.VOCABULARY * zoo.WIDTH
+    assert not plan.is_constant
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "STEER_BAKE_TEST_QWEN2" not in os.environ, reason="STEER_BAKE_TEST_QWEN2: a folder of a Qwen2 model"
+)
+def test_a_real_qwen2_computes_the_same_bits_as_a_llama(tmp_path: Path) -> None:
+    folder = Path(os.environ["STEER_BAKE_TEST_QWEN2"])
+    relabelled(folder, tmp_path / "out", "llama")
+    for name in Checkpoint.open(folder).files:
+        assert any(path.samefile(folder / name) for path in (tmp_path / "out").glob("*.safetensors"))
+    text = "def area(radius):\n    return 3.14159 * radius ** 2\n\nThe harbour was quiet, and the boats came in late."
+    tokens = torch.tensor([load_tokenizer(folder)(text)["input_ids"]])
+    old, new = (logits(load(one, "bfloat16"), tokens) for one in (folder, tmp_path / "out"))
+    assert type(load(tmp_path / "out", "bfloat16")).__name__ == "LlamaForCausalLM"
+    assert torch.equal(old, new)
 
 
 # --- when it is chosen
@@ -307,8 +471,18 @@ def test_a_query_scale_that_sets_in_far_out_is_not_lost(tmp_path: Path) -> None:
     assert "their logits differ" in refused("ministral3", tmp_path, llama)  # from position 16384 on
 
 
-def test_partial_rotary_is_not_lost(tmp_path: Path) -> None:
-    assert "their logits differ" in refused("glm4_moe", tmp_path, registry.load("houses", "hy_v3"), use_qk_norm=True)
+@pytest.mark.parametrize(("model_type", "lost"), [("glm4_moe", "rope"), ("glm4_moe", "order"), ("glm", "order")])
+def test_partial_rotary_is_not_lost(model_type: str, lost: str, tmp_path: Path) -> None:
+    """Neither the kind of rope nor the order of a head's components can be left out."""
+    host = registry.load("houses", CASES[model_type][2])
+
+    def rule(config: PretrainedConfig) -> House:
+        house = host(config)
+        values = {name: value for name, value in house.values.items() if name != "rope_parameters"}
+        parts = {name: part for name, part in house.parts.items() if not name.startswith("self_attn.")}
+        return replace(house, values=values) if lost == "rope" else replace(house, parts=parts)
+
+    assert "not the same under" in refused(model_type, tmp_path, rule, **CASES[model_type][1])
 
 
 def test_llama_has_no_norms_for_hy_v3(tmp_path: Path) -> None:
@@ -436,7 +610,7 @@ def test_the_rules_that_claim_a_model_are_found_in_the_folder(tmp_path: Path) ->
     assert [rule.__name__ for rule in hosts(Checkpoint.open(tmp_path))] == ["granite_swa", "llama"]
 
 
-@pytest.mark.tampered
+@pytest.mark.tampered  # the base gets the tokenizer's own files
 def test_the_certificate_compares_the_tokenizers_of_a_rehoused_folder(qwen: Path, tmp_path: Path) -> None:
     def tokenizer_check(name: str) -> Check:
         out = bake(qwen, tmp_path / name, wanted, "rehouse:llama")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from steer_bake.affine import Affine
 from steer_bake.audit import audit
 from steer_bake.baked import undo
-from steer_bake.checkpoint import Checkpoint, Edit, FileRecord, write_edited
+from steer_bake.checkpoint import Checkpoint, Edit, FileRecord, Rows, write_edited
 from steer_bake.checkpoint.folder import as_bytes
 from steer_bake.cli import main
 from steer_bake.direction import Direction, unit
@@ -265,6 +266,17 @@ def test_appended_rows_and_columns_are_cut_off(tmp_path: Path, append: str) -> N
     assert dict(kept.edited) == {"w": GROWN, "v": GROWN}
     rebuild(Checkpoint.open(out), kept, None, again, {})
     given_back(base, again)
+
+
+def test_a_tensor_in_parts_or_in_another_order_only_comes_back_from_the_base(llama: Path) -> None:
+    base, old = Checkpoint.open(llama), "model.layers.0.self_attn.q_proj.weight"
+    rows, none = base.tensors[old].shape[0], Affine.identity(tiny.WIDTH)
+    turned = Edit(old, (rows, tiny.WIDTH), "BF16", none, 1, old, rows=Rows(0, rows, (1, 0)))
+    scaled = replace(turned, rows=None, scale=2.0)
+    part = replace(turned, tensor="part", shape=(1, tiny.WIDTH), rows=Rows(0, 1))
+    for edits, drop in (([turned], ()), ([scaled], ()), ([part], (old,))):
+        kept = keep(base, edits, records_of(llama, ["model.safetensors"]), drop=drop)
+        assert dict(kept.edited) == {old: FROM_BASE}
 
 
 def test_what_is_kept_depends_on_what_was_edited(llama: Path) -> None:

@@ -20,7 +20,7 @@ Untouched shards are linked, touched ones streamed, new tensors go into one extr
 from __future__ import annotations
 
 from .carry import CARRIED, FileRecord, goes_along
-from .edit import Appended, Diagonal, Edit
+from .edit import Appended, Diagonal, Edit, Rows
 from .folder import CONFIG, INDEX, Checkpoint, check_complete
 from .header import TensorInfo
 from .pieces import recompute
@@ -38,6 +38,7 @@ __all__ = [
     "Edit",
     "FileRecord",
     "RemoteFiles",
+    "Rows",
     "TensorInfo",
     "check_complete",
     "check_no_weights",

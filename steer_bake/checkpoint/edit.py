@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -33,13 +35,47 @@ class Diagonal:
     value: float
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows ``start`` to ``stop`` of a matrix, or elements of a vector, in another order within every block of them.
+
+    Row ``i`` of a block is its row ``order[i]``; a block has as many rows as ``order`` has numbers.
+    """
+
+    start: int
+    stop: int
+    order: tuple[int, ...] = (0,)
+
+    @property
+    def is_run(self) -> bool:
+        """True where they stay in their order."""
+        return self.order == tuple(range(len(self.order)))
+
+    def runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Of these rows, ``count`` from the ``first`` on: stretches (first row, rows) of the tensor they are from."""
+        if self.is_run:
+            yield self.start + first, count
+            return
+        block, begin, length = len(self.order), 0, 0
+        for row in range(first, first + count):
+            old = self.start + row - row % block + self.order[row % block]
+            if old != begin + length:
+                if length:
+                    yield begin, length
+                begin, length = old, 0
+            length += 1
+        if length:
+            yield begin, length
+
+
 @dataclass(frozen=True, eq=False)
 class Edit:
     """New content of one tensor: ``affine`` applied along ``axis`` to the tensor ``source`` (to zeros where None).
 
     ``tensor`` is the name in the output. Where ``source`` is the same tensor the edit is in place; where the base has
     no tensor of that name it goes into the one extra shard (an untied head, a new bias, a carrier layer's matrices).
-    ``shape`` is that of the output: the source's, longer along ``appended.axis`` where something is appended.
+    ``shape`` is that of the output: the source's, longer along ``appended.axis`` where something is appended. Before
+    the map, ``rows`` are taken out of the source and multiplied by ``scale``.
     """
 
     tensor: str
@@ -52,6 +88,28 @@ class Edit:
     # Of a new matrix, zero but for what these say:
     only: tuple[int, int] | None = None  # the vectors (columns for axis 0) that the shift goes to; None: all
     diagonals: tuple[Diagonal, ...] = ()
+    # Of a tensor with a source:
+    rows: Rows | None = None  # None: all of them
+    scale: float = 1.0
+
+    @property
+    def only_moves(self) -> bool:
+        """True where the values are the source's, each as it was stored."""
+        return self.source is not None and self.affine.is_identity and self.scale == 1 and self.appended is None
+
+    def runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
+        """Of what the map applies to, ``count`` elements from the ``first`` on: stretches of the source's elements.
+
+        Where ``rows`` change their order these are whole rows.
+        """
+        width = math.prod(self.old_shape[1:])
+        if self.rows is None:
+            yield first, count
+        elif self.rows.is_run:
+            yield self.rows.start * width + first, count
+        else:
+            for row, rows in self.rows.runs(first // width, count // width):
+                yield row * width, rows * width
 
     @property
     def old_shape(self) -> tuple[int, ...]:
@@ -85,11 +143,27 @@ def check_edit(base: Checkpoint, edit: Edit) -> None:
     for dtype in (stored, edit.dtype):
         if dtype not in FLOATS:
             raise CheckpointError(f"{what} would touch {dtype} values, which are quantised; {_full_precision(base)}")
-    if edit.source is not None and base.tensors[edit.source].shape != edit.old_shape:
-        found = list(base.tensors[edit.source].shape)
+    if edit.source is None:
+        if edit.rows is not None or edit.scale != 1:
+            raise CheckpointError(f"{what} takes rows of a tensor or multiplies it, and names none; plan again")
+        return
+    found = _taken_shape(base.tensors[edit.source].shape, edit.rows)
+    if found != edit.old_shape:
+        taken = "" if edit.rows is None else f", of which rows {edit.rows.start} to {edit.rows.stop} are taken"
         raise CheckpointError(
-            f"{what} has shape {list(shape)} but {edit.source!r} has {found}; plan again for this base"
+            f"{what} has shape {list(shape)} but {edit.source!r} has {list(base.tensors[edit.source].shape)}{taken}; "
+            "plan again for this base"
         )
+
+
+def _taken_shape(shape: tuple[int, ...], rows: Rows | None) -> tuple[int, ...] | None:
+    """What ``rows`` of a tensor of ``shape`` are together; None where it has no such rows."""
+    if rows is None:
+        return shape
+    count, block = rows.stop - rows.start, len(rows.order)
+    there = len(shape) in (1, 2) and 0 <= rows.start < rows.stop <= shape[0]
+    ordered = sorted(rows.order) == list(range(block)) and block > 0 and count % block == 0
+    return (count, *shape[1:]) if there and ordered else None
 
 
 def _check_appended(edit: Edit, what: str) -> None:

@@ -68,13 +68,12 @@ class Slab:
     base: Checkpoint
     edit: Edit
     dtype: str  # that is stored
-    source: int | None  # byte offset in the source's file
+    start: int  # the element that it begins with, of those that the map applies to
     target: int  # byte offset in the output file
     shape: tuple[int, int]  # of the piece of the source
     axis: int  # of the two
     protect: bool
     beside: Tensor | None = None  # [n, k]: the piece is n rows, and each of them goes on with k appended values
-    first: int = 0  # of the rows of a new matrix, the one that this piece begins with
 
     @property
     def size(self) -> int:
@@ -95,9 +94,12 @@ class Slab:
 
     def _edited(self, memory: Workspace) -> Tensor:
         dtype, affine = TORCH_DTYPES[self.dtype], self.edit.affine
-        if self.source is None:
+        if self.edit.source is None:
             return self._new(memory.take("in", self.shape, dtype).zero_())
         values = self._read(memory)
+        if self.edit.scale != 1:
+            wide = torch.promote_types(values.dtype, torch.float32)
+            values = memory.take("scaled", self.shape, wide).copy_(values).mul_(self.edit.scale)
         if affine.is_identity:
             return values if values.dtype == dtype else _nearest(values, dtype)
         out = values if values.dtype == dtype else memory.take("out", self.shape, dtype)
@@ -107,16 +109,17 @@ class Slab:
 
     def _new(self, values: Tensor) -> Tensor:
         """What a tensor without a source holds, written over the zeros ``values``; rounded to nearest."""
+        first = self.start // self.shape[1] if self.axis == 1 else 0  # the row that this piece begins with
         if self.edit.affine.has_shift:
             shift = _nearest(self.edit.affine.shift, values.dtype)
             here = values.shape[1 - self.axis]
-            wanted = self.edit.only or (0, self.first + here)
-            start, stop = (min(max(0, end - self.first), here) for end in wanted)
+            wanted = self.edit.only or (0, first + here)
+            start, stop = (min(max(0, end - first), here) for end in wanted)
             part = values.narrow(1 - self.axis, start, stop - start)
             part.copy_(shift[:, None] if self.axis == 0 else shift)
         for one in self.edit.diagonals:
-            skipped = max(0, self.first - one.row)
-            row, column = one.row + skipped - self.first, one.column + skipped
+            skipped = max(0, first - one.row)
+            row, column = one.row + skipped - first, one.column + skipped
             length = min(one.length - skipped, len(values) - row)
             if length > 0:
                 values[row : row + length, column : column + length].fill_diagonal_(one.value)
@@ -124,11 +127,14 @@ class Slab:
 
     def _read(self, memory: Workspace) -> Tensor:
         assert self.edit.source is not None
-        assert self.source is not None
         info = self.base.tensors[self.edit.source]
         values = memory.take("in", self.shape, TORCH_DTYPES[info.dtype])
+        flat, done = values.reshape(-1), 0
         with open(self.base.folder / info.file, "rb") as file:
-            read_exactly(file.fileno(), values, self.source, info.file)
+            for first, count in self.edit.runs(self.start, flat.numel()):
+                offset = info.start + nbytes(info.dtype, (first,))
+                read_exactly(file.fileno(), flat[done : done + count], offset, info.file)
+                done += count
         return values
 
 
@@ -177,17 +183,19 @@ class _Pieces:
         a time.
         """
         info = None if self.edit.source is None else self.base.tensors[self.edit.source]
-        if info is not None and info.dtype == self.dtype and self.edit.affine.is_identity:
+        stays = self.edit.rows is None or self.edit.rows.is_run
+        same = info is not None and info.dtype == self.dtype and self.edit.affine.is_identity and self.edit.scale == 1
+        if info is not None and same and stays:
+            [(start, _)] = self.edit.runs(first, count)
             size = nbytes(self.dtype, (count,))
-            yield Copy(self.base.folder / info.file, info.start + nbytes(self.dtype, (first,)), target, size)
+            yield Copy(self.base.folder / info.file, info.start + nbytes(self.dtype, (start,)), target, size)
             return
         width, inner = self._vectors()
         rows = 1 if inner > 1 else max(1, SLAB // max(1, nbytes(self.dtype, (width,))))
         for done in range(0, count, rows * width * inner) if width * inner else ():
             here = min(rows, (count - done) // (width * inner))
             shape = (width, inner) if inner > 1 else (here, width)
-            row = 0 if inner > 1 else (first + done) // width
-            yield self._slab(first + done, target + nbytes(self.dtype, (done,)), shape, None, row)
+            yield self._slab(first + done, target + nbytes(self.dtype, (done,)), shape)
 
     def beside(self, new: Tensor, run: int, total: int, target: int) -> Iterator[Slab]:
         """The source's ``total`` elements, with a row of ``new`` behind each ``run`` of them."""
@@ -206,11 +214,9 @@ class _Pieces:
         axis = self.edit.axis % len(shape)
         return shape[axis], math.prod(shape[axis + 1 :])
 
-    def _slab(self, first: int, target: int, shape: tuple[int, int], beside: Tensor | None, row: int = 0) -> Slab:
-        info = None if self.edit.source is None else self.base.tensors[self.edit.source]
-        source = None if info is None else info.start + nbytes(info.dtype, (first,))
+    def _slab(self, first: int, target: int, shape: tuple[int, int], beside: Tensor | None = None) -> Slab:
         axis = 0 if self._vectors()[1] > 1 or beside is not None else 1
-        return Slab(self.base, self.edit, self.dtype, source, target, shape, axis, self.protect, beside, row)
+        return Slab(self.base, self.edit, self.dtype, first, target, shape, axis, self.protect, beside)
 
 
 def recompute(base: Checkpoint, edit: Edit, dtype: str | None = None, *, protect: bool = True) -> Tensor:

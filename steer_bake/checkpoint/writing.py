@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ def write_edited(
     config_changes: Mapping[str, Any],
     dtype: str | None = None,
     rename: Mapping[str, str] | None = None,
+    drop: Collection[str] = (),
     protect: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FileRecord]:
@@ -39,6 +40,7 @@ def write_edited(
         dtype: store edited and new tensors in this dtype instead of their own; untouched ones stay as they are.
         rename: new names of tensors of the base (layers behind an inserted one); edits go by the new names, their
             sources by the old. Files without a renamed or edited tensor are linked.
+        drop: tensors of the base that the output has not. What edits make of one lies where it lay.
         protect: round such that errors cancel along what an edit removes; otherwise each element to nearest.
         progress: called with bytes (done, total).
 
@@ -51,7 +53,7 @@ def write_edited(
     """
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"edits cannot be stored as {dtype!r}; choose one of {', '.join(FLOATS)}")
-    shards = _layout(base, edits, dict(rename or {}), dtype)
+    shards = _layout(base, edits, dict(rename or {}), drop, dtype)
     if base.remote is not None:
         _check_untouched(base, shards)
     linked: dict[str, str] = {}
@@ -77,13 +79,15 @@ def write_edited(
     return records
 
 
-def check_no_weights(base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str]) -> None:
+def check_no_weights(
+    base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str], drop: Collection[str] = ()
+) -> None:
     """Refuse what needs more of ``base`` than its headers: all but tensors that are new and made from nothing.
 
     Raises:
         CheckpointError: the message names the tensor and the file that would have to be downloaded.
     """
-    _check_untouched(base, _layout(base, edits, dict(rename), None))
+    _check_untouched(base, _layout(base, edits, dict(rename), drop, None))
 
 
 def _check_untouched(base: Checkpoint, shards: Sequence[_Shard]) -> None:
@@ -92,7 +96,7 @@ def _check_untouched(base: Checkpoint, shards: Sequence[_Shard]) -> None:
         needed = next((edit for edit in shard.edits.values() if rewritten or edit.source is not None), None)
         if needed is None and not rewritten:
             continue
-        what = f"a change of {needed.tensor!r}" if needed else "a renamed tensor"
+        what = f"a change of {needed.tensor!r}" if needed else "a renamed or dropped tensor"
         file = shard.source or base.tensors[str(needed and needed.source)].file
         raise CheckpointError(
             f"{what} needs the weights in {file} of {base.name} ({base.size(file):,} bytes): without them only new "
@@ -160,21 +164,31 @@ def _follows(job: Copy, run: Copy) -> bool:
     return (job.path, job.source, job.target) == (run.path, run.source + run.size, run.target + run.size)
 
 
-def _layout(base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str], dtype: str | None) -> list[_Shard]:
+def _layout(
+    base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str], drop: Collection[str], dtype: str | None
+) -> list[_Shard]:
     """The files of the output; every tensor in exactly one of them."""
     for edit in edits:
         check_edit(base, edit)
-    for name in rename:
+    for name in (*rename, *drop):
         base.info(name)
-    kept = {rename.get(name, name): name for name in base.tensors}
+    stay = [name for name in base.tensors if name not in drop]
+    kept = {rename.get(name, name): name for name in stay}
     by_name = {edit.tensor: edit for edit in edits}
     twice = [name for name, count in Counter(edit.tensor for edit in edits).items() if count > 1]
-    if twice or len(kept) < len(base.tensors):
+    if twice or len(kept) < len(stay):
         raise CheckpointError(
             f"two edits or two renamed tensors would both be {(twice or ['one name'])[0]!r}; plan again"
         )
-    fresh = [edit for edit in edits if edit.tensor not in kept]
-    shards = [_shard(base, file, {v: k for k, v in kept.items()}, by_name, dtype) for file in base.files]
+    placed: dict[str, str] = dict(kept)
+    for edit in edits:
+        if edit.tensor not in kept and edit.source in drop:
+            placed[edit.tensor] = str(edit.source)
+    fresh = [edit for edit in edits if edit.tensor not in placed]
+    by_old: dict[str, list[str]] = {}
+    for new, old in placed.items():
+        by_old.setdefault(old, []).append(new)
+    shards = [_shard(base, file, by_old, by_name, dtype) for file in base.files]
     if not fresh:
         return shards
     # Renumbering links costs nothing and no loader can take the new names for anything but shards.
@@ -194,18 +208,19 @@ def _numbered(index: int, count: int) -> str:
 
 
 def _shard(
-    base: Checkpoint, file: str, new_names: Mapping[str, str], edits: Mapping[str, Edit], dtype: str | None
+    base: Checkpoint, file: str, new_names: Mapping[str, Sequence[str]], edits: Mapping[str, Edit], dtype: str | None
 ) -> _Shard:
+    """``new_names``: what comes to lie where a tensor of the base lies."""
     old = base.headers[file]
-    here = {new_names[info.name]: info.name for info in old.tensors}
+    here = {name: info.name for info in old.tensors for name in new_names.get(info.name, ())}
     edited = {name: edits[name] for name in here if name in edits}
     tensors = []
-    for info in old.tensors:
-        edit = edited.get(new_names[info.name])
+    for name, source in here.items():
+        info, edit = base.tensors[source], edited.get(name)
         if edit is None:
-            tensors.append(replace(info, name=new_names[info.name]))
+            tensors.append(replace(info, name=name))
             continue
-        if edit.old_shape != info.shape:
+        if edit.rows is None and edit.old_shape != info.shape:
             raise CheckpointError(
                 f"{info.name!r} is {list(info.shape)} in the base, not {list(edit.old_shape)}; plan again for this base"
             )

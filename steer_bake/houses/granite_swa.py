@@ -5,8 +5,9 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from . import House, head_dim
+from ._heads import gate_and_up, query_key_value, turned
 
-_TYPES = ("mistral", "ministral", "qwen2")
+_TYPES = ("mistral", "ministral", "qwen2", "phi3")
 #: A score so low that its exponential is 0 in every dtype.
 _NOTHING = -1e4
 
@@ -18,6 +19,10 @@ def granite_swa(config: PretrainedConfig) -> House | None:
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     if "sliding_attention" not in kinds:
         return None
+    heads = turned(config)
+    if heads is None:
+        return None
+    fused = config.model_type == "phi3"
     multipliers = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
     return House(
         "granite_swa",
@@ -28,6 +33,10 @@ def granite_swa(config: PretrainedConfig) -> House | None:
             "layer_types": kinds,
             "sliding_window": window,
             "attention_bias": config.model_type == "qwen2",
+            **heads.values,
         },
+        parts=query_key_value(config, heads.order) | gate_and_up(config) if fused else {},
         fill={"self_attn.sinks": _NOTHING},
+        same_bits=not heads.partial,
+        needs=("proportional_rope",) if heads.partial else (),
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from . import House, head_dim
+from ..checkpoint import Rows
+from . import House, Part, head_dim
+from ._heads import turned
 
 _CORRECTION = "mlp.gate.e_score_correction_bias"
 
@@ -21,6 +23,12 @@ def hy_v3(config: PretrainedConfig) -> House | None:
         )
     if config.model_type not in ("dots1", "glm4_moe") or config.n_group != 1 or not config.norm_topk_prob:
         return None
+    if config.model_type == "glm4_moe" and not config.use_qk_norm:
+        return None
+    heads = turned(config)
+    if heads is None:
+        return None
+    norms = {} if heads.order == (0,) else {f"self_attn.{one}_norm": _norm(one, heads.order) for one in ("q", "k")}
     dense = config.first_k_dense_replace
     return House(
         "hy_v3",
@@ -31,6 +39,14 @@ def hy_v3(config: PretrainedConfig) -> House | None:
             "num_shared_experts": config.n_shared_experts,
             "router_scaling_factor": config.routed_scaling_factor,
             "enable_moe_fp32_combine": False,
+            **heads.values,
         },
         rename={_CORRECTION: "mlp.e_score_correction_bias"},
+        parts=heads.parts(config) | norms,
+        same_bits=heads.order == (0,),
+        needs=("proportional_rope",) if heads.partial else (),
     )
+
+
+def _norm(name: str, order: tuple[int, ...]) -> Part:
+    return Part(f"self_attn.{name}_norm", Rows(0, len(order), order))
