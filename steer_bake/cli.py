@@ -427,13 +427,23 @@ def unbake(folder: Path, out: Path, base: str | None, hash_files: bool, dry_run:
         display.note(f"{out} is ready: {folder} is that plus its plan")
 
 
+_report = click.option("--report", type=click.Path(path_type=Path), help="report.json; default: beside the folder.")
+_evaluation = click.option(
+    "--evaluation", type=click.Path(path_type=Path), help="evaluation.json; default: beside the folder."
+)
+_template = click.option("--template", type=click.Path(path_type=Path), help="Your own card template (jinja2).")
+
+
 @main.command(short_help="Write the model card of a baked folder.")
 @_folder
-@click.option("--report", type=click.Path(path_type=Path), help="report.json; default: beside the folder.")
-@click.option("--evaluation", type=click.Path(path_type=Path), help="evaluation.json; default: beside the folder.")
-@click.option("--template", type=click.Path(path_type=Path), help="Your own card template (jinja2).")
+@_report
+@_evaluation
+@_template
+@click.option("--repo", help="The repository it is for (org/name), instead of the folder's own path.")
 @_dry_run
-def card(folder: Path, report: Path | None, evaluation: Path | None, template: Path | None, dry_run: bool) -> None:
+def card(
+    folder: Path, report: Path | None, evaluation: Path | None, template: Path | None, repo: str | None, dry_run: bool
+) -> None:
     """Write the model card of a baked FOLDER (README.md) from its report and what was measured of its behaviour.
 
     \b
@@ -444,17 +454,74 @@ def card(folder: Path, report: Path | None, evaluation: Path | None, template: P
     from .errors import RecipeError
     from .stages import write_text
 
-    proof, measured = report or folder.parent / "report.json", evaluation or folder.parent / "evaluation.json"
-    if not proof.is_file():
-        raise RecipeError(f"{proof} is not there; make it with: steer-bake validate {folder} -o {proof}")
-    if evaluation and not evaluation.is_file():
-        raise RecipeError(f"{evaluation} is not there; 'steer-bake run' makes it")
-    text = cards.render(folder, _read_json(proof), _read_json(measured) if measured.is_file() else None, template)
+    proof, measured = _beside(folder, report, evaluation)
+    if proof is None:
+        raise RecipeError(
+            f"{report or folder.parent / 'report.json'} is not there; make it with: steer-bake validate {folder} -o "
+            f"{report or folder.parent / 'report.json'}"
+        )
+    text = cards.render(folder, proof, measured, template, cards.Publication(repo))
     if dry_run:
         click.echo(text)
         return
     write_text(folder / "README.md", text)
     display.note(f"written to {folder / 'README.md'}")
+
+
+@main.command(short_help="Publish a baked folder on the hub.")
+@_folder
+@click.argument("repo")
+@_report
+@_evaluation
+@_template
+@click.option("--from-base", is_flag=True, help="Copy what the base's repository has too on the server.")
+@click.option(
+    "--certificate", "certified", default="function", show_default=True, metavar="function|bytes",
+    help="What is demanded: that it does what the hooks do, or base plus plan only, which the card then says first.",
+)  # fmt: skip
+@click.option(
+    "--acknowledge-safety-change", "acknowledged", metavar='"WHY"',
+    help="Publish although refusals of harmful requests fell or were not measured; the reason goes on the card.",
+)  # fmt: skip
+@click.option("--license", "licence", help="The licence of the base, where the hub does not say it (apache-2.0, ...).")
+@click.option(
+    "--private/--public", default=None, help="Of a new repository; default: public, private where the base is gated."
+)
+@click.option("--revision", default="main", show_default=True, help="The branch; it is made where there is none.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request, or bring the open one up to date.")
+@_dry_run
+@_json
+def push(
+    folder: Path, repo: str, report: Path | None, evaluation: Path | None, template: Path | None, from_base: bool,
+    certified: str, acknowledged: str | None, licence: str | None, private: bool | None, revision: str,
+    create_pr: bool, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Publish a baked FOLDER as REPO (name or org/name) on the hub, in one commit, and check every file of it.
+
+    A second push of the same folder makes no commit, and one after a new card sends the card. Log in with 'hf auth
+    login' or set HF_TOKEN.
+
+    \b
+    Examples:
+      steer-bake push runs/quickstart/model my-model --dry-run
+      steer-bake push steered org/name --private
+      steer-bake bake org/base --vector v.safetensors --sites resid_post.14 -o new --no-download
+      steer-bake push new org/name --from-base --certificate bytes
+    """
+    from .hub import push as publish
+
+    proof, measured = _beside(folder, report, evaluation)
+    done = publish(
+        folder, repo, report=proof, evaluation=measured, certified=certified, acknowledged=acknowledged,
+        licence=licence, template=template, from_base=from_base, private=private, revision=revision,
+        create_pr=create_pr, dry_run=dry_run, progress=progress,
+    )  # fmt: skip
+    for line in done.notes:
+        display.note(line)
+    if as_json:
+        display.as_json(done.as_json())
+    else:
+        display.pushed(done, dry_run=dry_run)
 
 
 @main.command(short_help="Ask base and baked model the same, side by side.")
@@ -568,6 +635,23 @@ def _request(
             for site in parse_sites(sites, layers)
         ],
     )
+
+
+def _beside(
+    folder: Path, report: Path | None, evaluation: Path | None
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The report and the evaluation of a folder: those that are named, or those that lie beside it, if any."""
+    from .errors import RecipeError
+
+    for path, maker in ((report, "steer-bake validate"), (evaluation, "steer-bake run")):
+        if path is not None and not path.is_file():
+            raise RecipeError(f"{path} is not there; '{maker}' makes it")
+    proofs = [report] if report else [folder.parent / "report.json", folder / "certificate.json"]
+    measured = [evaluation or folder.parent / "evaluation.json"]
+    proof, behaviour = (
+        next((_read_json(path) for path in paths if path.is_file()), None) for paths in (proofs, measured)
+    )
+    return proof, behaviour
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -140,8 +140,8 @@ def check_others(folder: Path, records: Sequence[FileRecord]) -> Check:
     """Files that no bake recorded: refused where loaders act on them, else listed."""
     known = {folder / JSON_FILE, folder / VECTORS_FILE, *(path for one in records for path in places(folder, one))}
     others = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path not in known]
-    acted_on = [name for name in others if _is_loaded(name)]
-    harmless = [name for name in others if not _is_loaded(name) and not (folder / name).is_dir()]
+    acted_on = [name for name in others if is_loaded(name)]
+    harmless = [name for name in others if not is_loaded(name) and not (folder / name).is_dir()]
     return Check.of(
         "other files",
         [f"{name} is not of the bake, and loaders act on it" for name in acted_on],
@@ -149,7 +149,9 @@ def check_others(folder: Path, records: Sequence[FileRecord]) -> Check:
     )
 
 
-def _is_loaded(name: str) -> bool:
+def is_loaded(name: str) -> bool:
+    """Whether loaders, servers or tokenizers act on a file of this name."""
+
     def fits(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) and ("/" not in name or "/" in pattern) for pattern in patterns)
 

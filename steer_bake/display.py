@@ -22,6 +22,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from .direction import Direction
     from .explain import Explanation
+    from .hub import Pushed
     from .plan import Plan
     from .unbake import Step
 
@@ -163,6 +164,24 @@ def report(content: Mapping[str, Any], what: str = "certificate") -> None:
 def steps(found: Sequence[Step]) -> None:
     """Where each file of a base comes from."""
     _print(_table(["file", "how"], [(step.name, step.how) for step in found]))
+
+
+def pushed(done: Pushed, *, dry_run: bool) -> None:
+    """What was published, file by file."""
+    words = {"upload": "sent", "copy": "copied on the server", "keep": "there already", "delete": "removed"}
+    _print(_table(["file", "", "bytes"], [(one.path, words[one.how], f"{one.size:,}") for one in done.files]))
+    visible = "private" if done.private else "public"
+    if dry_run:
+        new = f"; {done.repo} would be created, {visible}" if done.created else f"; {done.repo} is {visible}"
+        click.echo(f"at most {done.sent:,} bytes would be sent{new}")
+        return
+    if done.committed:
+        click.echo(f"{done.url} ({visible}), certificate: {done.certificate}")
+    else:
+        click.echo(f"{done.url} has all of this already: no commit was made")
+    if done.pull_request:
+        click.echo(f"pull request: {done.pull_request}")
+    click.echo(f"commit: {done.commit}")
 
 
 def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any], ran: Mapping[str, bool]) -> None:

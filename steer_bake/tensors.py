@@ -80,11 +80,16 @@ def _check_untouched(found: Checkpoint, base: Checkpoint, plan: Plan, advance: A
     good = f"the bytes of the base ({read} tensors compared)"
     if linked:
         good += f"; {listed(sorted(linked), 2)} {'is the same file' if len(linked) == 1 else 'are the same files'}"
-        good += " as the base's: what was changed through the link changed both"
+        away = linked <= {*found.away}
+        good += " as the base's: "
+        good += "not here, to be copied on the hub" if away else "what was changed through the link changed both"
     return Check.of("untouched tensors", wrong, good)
 
 
 def is_linked(base: Checkpoint, found: Checkpoint, before: TensorInfo, now: TensorInfo) -> bool:
+    """Whether both tensors are the same bytes of one file: linked, or not here at all and to be copied on the hub."""
+    if now.file in found.away:
+        return now.start == before.start and found.away[now.file] == before.file
     return now.start == before.start and (found.folder / now.file).samefile(base.folder / before.file)
 
 

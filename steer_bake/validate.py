@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from . import architectures, manifest, reload_worker, streaming
 from .checkpoint import Checkpoint, write_edited
 from .checks import Check, require
 from .comparison import Comparison, Gap, storage_dtype, stream_probes
+from .contents import is_loaded, sha256
 from .errors import CheckpointError
 from .interventions import Intervention
 from .models import load_tokenizer
@@ -60,6 +61,7 @@ class Report:
     interventions: tuple[Mapping[str, Any], ...]
     prompts: int
     tokens: int
+    files: Mapping[str, str] = field(default_factory=dict)  # sha256 of everything in the folder that loaders act on
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,6 +114,7 @@ def validate(
     along, job["probes"] = stream_probes(plan, layout)
 
     checks = [*_structure(folder, base, plan)]
+    files = _hashes(folder)
     with tempfile.TemporaryDirectory(prefix="steer-bake-validate-") as name:
         scratch = Path(name)
         _check_room(base, plan, sum(map(len, rows)), scratch)
@@ -130,7 +133,7 @@ def validate(
     return Report(
         str(folder), str(base_folder), plan.sha256, all(check.passed for check in checks), tuple(checks),
         comparison.effect.gap(), comparison.legs(), comparison.floor_kl(),
-        tuple(comparison.described(one) for one in plan.interventions), len(rows), sum(map(len, rows)),
+        tuple(comparison.described(one) for one in plan.interventions), len(rows), sum(map(len, rows)), files,
     )  # fmt: skip
 
 
@@ -147,6 +150,12 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
     yield from check_tensors(found, base, plan, elsewhere=elsewhere, fitted=True)
     if plan.rehoused_from:
         yield from _tokenizer(folder, base)
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """What the certificate is for, by hash; empty for a folder that is not one."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {name: sha256(folder / name) for name in names if is_loaded(name) and not name.startswith(".")}
 
 
 def _tokenizer(folder: Path, base: Checkpoint) -> Iterator[Check]:
