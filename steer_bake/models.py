@@ -22,8 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.file_download import repo_folder_name
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
@@ -32,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint import CARRIED, CONFIG, INDEX, Checkpoint, RemoteFiles, check_complete, goes_along
+from .checkpoint.remote import is_disk_full, patiently
 from .errors import CheckpointError, RecipeError, did_you_mean
 
 Progress = Callable[[int, int], None]
@@ -191,22 +194,57 @@ def _from_hub(
     hub_id: str, revision: str | None, progress: Progress | None, unreachable: Exception | None = None
 ) -> ModelRef:
     """Download a model; where the hub was found ``unreachable`` before, take it from the cache or not at all."""
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model") / "blobs"
+    before = _names(blobs)
     try:
-        found = snapshot_download(
-            hub_id,
-            revision=revision,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
-            tqdm_class=_reporter(progress),
-            local_files_only=unreachable is not None,
+        found = patiently(
+            lambda: snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+                tqdm_class=_reporter(progress),
+                local_files_only=unreachable is not None,
+            ),
+            httpx2.ConnectError,  # there is no network: what the cache lacks will not come
         )
     except Exception as error:  # the hub client raises a dozen unrelated types, its network library's among them
+        if is_disk_full(error):
+            raise CheckpointError(
+                f"{hub_id} does not fit the disk of {blobs.parent.parent}: make room there, or point HF_HOME to "
+                "another disk, and run the same command again"
+            ) from error
         why = "neither the hub's cache on this machine nor the hub gave it"
         raise _not_there(hub_id, revision, why, unreachable or error) from error
     folder = Path(found)
+    _check_arrived(hub_id, blobs, _names(blobs) - before)
     if not re.fullmatch(r"[0-9a-f]{40}", folder.name):
         raise CheckpointError(f"{hub_id}: the hub's cache folder {folder} is not named by a commit; delete it")
     return ModelRef(hub_id, _checked(folder, hub_id), hub_id=hub_id, revision=folder.name)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _check_arrived(hub_id: str, blobs: Path, new: set[str]) -> None:
+    """The hub's client compares sizes; large files are named by their hash, and here that is compared as well.
+
+    Raises:
+        CheckpointError: a file arrived with other bytes; it was removed.
+    """
+    damaged = [name for name in sorted(new) if re.fullmatch("[0-9a-f]{64}", name) and _sha256(blobs / name) != name]
+    if not damaged:
+        return
+    files = sorted(path for path in (blobs.parent / "snapshots").rglob("*") if path.resolve().name in damaged)
+    for path in files:
+        path.unlink()
+    for name in damaged:
+        (blobs / name).unlink()
+    raise CheckpointError(
+        f"{', '.join(path.name for path in files)} of {hub_id} arrived with other bytes than the hub has (another "
+        "sha256) and was removed; run the same command again"
+    )
 
 
 def _small_files(remote: RemoteFiles, names: list[str]) -> ModelRef:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import re
 import time
@@ -194,7 +195,7 @@ def patiently(call: Callable[[], _Result], *hopeless: type[Exception]) -> _Resul
         try:
             return call()
         except Exception as error:  # the hub client wraps the errors of its network library in a dozen types
-            wait = None if isinstance(error, hopeless) else pause_after(error, pause)
+            wait = None if goes_back_to(error, *hopeless) else pause_after(error, pause)
             if wait is None:
                 raise
         time.sleep(wait)
@@ -213,6 +214,23 @@ def pause_after(error: BaseException | None, pause: float) -> float | None:
             return pause
         error = error.__cause__
     return None
+
+
+def goes_back_to(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:
+    """The first exception of one of ``kinds`` on the way to the cause of ``error``."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception goes back to a file that could not grow."""
+    found: BaseException | None = error
+    while found := goes_back_to(found, OSError):
+        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
 
 
 def asked_pause(headers: httpx2.Headers) -> float | None:

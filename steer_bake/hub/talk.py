@@ -5,7 +5,6 @@ The hub's client tries some calls again and others never; here all are, for as l
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from ..checkpoint.remote import asked_pause, patiently
+from ..checkpoint.remote import asked_pause, goes_back_to, is_disk_full, patiently
 from ..errors import PublishError, SteerBakeError
 
 _Result = TypeVar("_Result")
@@ -62,9 +61,10 @@ def status_of(error: BaseException | None) -> int | None:
 def _said(error: Exception) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return f"you are not logged in; {LOG_IN}"
-    for one in _chain(error):
-        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return f"the disk is full ({one.strerror}); make room, or point HF_HOME to another disk, then {AGAIN}"
+    if is_disk_full(error):
+        return f"the disk is full; make room, or point HF_HOME to another disk, then {AGAIN}"
+    one = goes_back_to(error, HfHubHTTPError, httpx2.TransportError)
+    if one is not None:
         if isinstance(one, GatedRepoError):
             return "it is gated and you have no access; ask for it on the model's page"
         if isinstance(one, RevisionNotFoundError):
@@ -82,12 +82,6 @@ def _said(error: Exception) -> str:
         why = f"HTTP {found[1]}; {LOG_IN}" if found else f"it broke off; {AGAIN}"
         return f"the transfer of large files failed: {why} (HF_HUB_DISABLE_XET=1 takes the older way)"
     return clean(str(error))
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _status(error: HfHubHTTPError) -> str:

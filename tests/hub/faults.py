@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -26,6 +27,7 @@ class Fault:
     size: int | None = None  # what the answer says the whole file's size is
     method: str = "GET"
     host: str | None = None  # "hub" or "cdn"
+    then: Callable[[], object] | None = None  # what happens in between, before anything is done
     skip: int = 0  # so many fitting requests are left alone first
 
 

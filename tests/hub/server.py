@@ -89,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
             self.body = b"".join(self._incoming(length))  # all of it, before any answer
         if self.broken.delay:
             time.sleep(self.broken.delay)
+        if self.broken.then:
+            self.broken.then()
         path = urlsplit(self.path).path
         self.query = parse_qs(urlsplit(self.path).query)
         try:
