@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RevisionNotFoundError
 
 from .. import __version__, card, manifest, safety
@@ -23,7 +23,7 @@ from ..stages import Progress, silent
 from . import account, certificate
 from .account import Account, There
 from .items import CARD, Away, Item, Move, files_of, hashed, is_there, made, moves, tree
-from .talk import ask, without_bars
+from .talk import ask, clean, without_bars
 from .upload import Branch, Settled, cannot_copy, check_copies, fetched
 
 Note = Callable[[str], None]
@@ -194,7 +194,20 @@ def _card(
         text = own
     if problem := card.problem(text, published):
         raise PublishError(f"the card {path if text == own else template or 'template'} {problem}")
+    ask("having the card checked", lambda: _validate(text))
     return made(CARD, text.encode())
+
+
+def _validate(text: str) -> None:
+    """Let the hub look at a card before anything is sent."""
+    try:
+        ModelCard(text).validate()
+    except ValueError as error:
+        try:
+            said = "; ".join(str(one["message"]) for one in json.loads(str(error))["errors"])
+        except (ValueError, LookupError, TypeError):
+            said = str(error)
+        raise PublishError(f"the hub does not take this card: {clean(said)}; put its metadata right") from error
 
 
 def _made_here(found: Manifest, repo: str, proof: Mapping[str, Any] | None) -> dict[str, Item]:

@@ -74,11 +74,11 @@ class Handler(BaseHTTPRequestHandler):
         self.record = Request(self.host, self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
         self.hub.log.append(self.record)
         self.broken = self.hub.fault(self.host, self.command, self.path) or Fault("")
+        length = int(self.headers.get("Content-Length") or 0)
         if self.broken.reset_reading is not None:
-            self.record.received = len(self.rfile.read(self.broken.reset_reading))
+            self.record.received = len(self.rfile.read(min(length, self.broken.reset_reading)))
             self.reset()
             return
-        length = int(self.headers.get("Content-Length") or 0)
         self.body, self.upload = b"", None
         if self.command == "PUT":  # a large file: not in memory
             self.upload = self.hub.store.temporary("upload")
