@@ -91,6 +91,7 @@ def certify(
     device: str,
     stream: bool = False,
     prefer: str = "smallest",
+    target: str = "checkpoint",
     advance: Advance,
 ) -> Report:
     """:func:`validate.validate` with the base's own pad token."""
@@ -98,7 +99,7 @@ def certify(
     return validate(
         folder.absolute(), base.folder.absolute(), list(interventions), rows,
         pad_id=int(tokenizer.pad_token_id), device=device, decode_tokens=decode_tokens, stream=stream, prefer=prefer,
-        progress=advance,
+        target=target, progress=advance,
     )  # fmt: skip
 
 

@@ -20,6 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({path!r}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({path!r})"""
 
+ADAPTER_CODE = """\
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained({path!r}, dtype="auto")"""
+
 LONGEST_ANSWER = 220  # characters of an example
 
 _UNMEASURED: Mapping[str, Any] = {
@@ -50,19 +54,20 @@ def render(
     fell = _harmful_fell(measured)
     base, recipe = found.base, found.content["recipe"]
     origin = base["hub_id"] or base["original"]
-    path = template or templates() / "checkpoint.md"
+    path = template or templates() / ("adapter.md" if found.target == "lora" else "checkpoint.md")
     environment = Environment(
         loader=FileSystemLoader(path.parent), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
     )
     environment.filters["text"] = _text
     try:
         return environment.get_template(path.name).render(
-            metadata=_metadata(origin, not_for_all=fell == "clearly"),
+            metadata=_metadata(origin, not_for_all=fell == "clearly", target=found.target),
             title=f"{_text(Path(origin or base['name']).name)}, steered",
             base=base,
             origin=origin,
             interventions=report["interventions"],
-            code=LOADING_CODE.format(path=str(folder)),
+            code=loading_code(folder, found.target),
+            adapter=_adapter(found),
             report=report,
             edits=found.content["plan"]["edits"],
             config_changes=found.content["plan"]["config_changes"],
@@ -78,6 +83,11 @@ def render(
         )
     except (TemplateError, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the card template {path} does not work: {error or 'it cannot be found'}") from error
+
+
+def loading_code(folder: Path, target: str) -> str:
+    """How to load what lies in ``folder``."""
+    return (ADAPTER_CODE if target == "lora" else LOADING_CODE).format(path=str(folder))
 
 
 def _belongs(found: manifest.Manifest, measured: Mapping[str, Any], what: str) -> None:
@@ -99,11 +109,23 @@ def _harmful_fell(measured: Mapping[str, Any]) -> Literal["clearly", "perhaps"] 
     return None
 
 
-def _metadata(origin: str | None, *, not_for_all: bool) -> str:
+def _adapter(found: manifest.Manifest) -> Mapping[str, Any]:
+    """What the card of an adapter says of merging and of who loads it."""
+    edits, notes = found.content["plan"]["edits"], {one["note"] for one in found.content["plan"]["decisions"]}
+    return {
+        "bias": any(edit["tensor"].endswith("bias") for edit in edits),
+        "new_bias": any(edit["from"] is None for edit in edits),
+        "tied": any("tied" in note for note in notes),
+        "revision": found.base["revision"],
+    }
+
+
+def _metadata(origin: str | None, *, not_for_all: bool, target: str) -> str:
     """The card's YAML header, in the fields that the hub knows."""
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library, relation = ("peft", "adapter") if target == "lora" else ("transformers", "finetune")
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if origin:
-        fields |= {"base_model": origin, "base_model_relation": "finetune"}
+        fields |= {"base_model": origin, "base_model_relation": relation}
     fields["tags"] = ["steer-bake", "activation-steering", *(["not-for-all-audiences"] if not_for_all else [])]
     return yaml.safe_dump(fields, sort_keys=False).strip()
 

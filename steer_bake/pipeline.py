@@ -103,7 +103,7 @@ def bake_opened(
 ) -> Path:
     """:func:`bake` of a model that :func:`open_base` or :func:`open_remote` has opened."""
     write = registry.load("targets", target)
-    plan = make_plan(base, interventions, prefer)
+    plan = make_plan(base, interventions, prefer, target)
     if base.remote is not None:
         check_no_weights(base, plan.edits, plan.rename)
     out = Path(out)
