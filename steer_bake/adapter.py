@@ -276,6 +276,8 @@ def projected(matrix: Tensor, right: Tensor, axis: int) -> Tensor:
     Summed in float64, in an order that depends on d alone.
     """
     columns = matrix if axis == 0 else matrix.T
+    if right.shape[1] == 0:
+        return torch.zeros(0, columns.shape[1])
     wide, pieces = right.double(), []
     for piece in torch.split(columns, max(1, _PIECE // len(columns)), dim=1):
         values = piece.double()
@@ -302,12 +304,12 @@ def _bias(part: _Part, base: Checkpoint, width: int) -> Tensor:
     moved = affine.shift.double()
     if affine.is_linear:
         read = projected(base.read(edit.source)[:, None], affine.right, 0).double()  # [k, 1]
-        moved = moved + _sum((affine.left.double().T * read))
+        moved = moved + _sum(affine.left.double().T * read)
     return moved.float()
 
 
 def _stored_name(place: Place, others: list[Place]) -> str:
-    """Where PEFT's tensors lie: a module with several wrapped parameters is wrapped once for each, the last outermost."""
+    """Where PEFT's tensors lie: a module with several wrapped parameters is wrapped once for each, the last outside."""
     around = [one for one in others if one.kind == "parameter" and one.module == place.module]
     deep = sum(one.order > place.order for one in around) if place.kind == "parameter" else 0
     return PREFIX + place.module + ".base_layer" * deep

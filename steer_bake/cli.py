@@ -169,7 +169,10 @@ _VECTOR_OPTIONS = ("vector", "sites", "from_site", "name", "coefficient", "units
 def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         [
-            click.option("--vector", type=click.Path(path_type=Path), help="Direction file: .safetensors, .gguf (control vector), .npy, .npz, .pt."),
+            click.option(
+                "--vector", type=click.Path(path_type=Path),
+                help="Direction file: .safetensors, .gguf (control vector), .npy, .npz or .pt.",
+            ),
             click.option("--sites", help="Where to intervene: resid_post.14, resid_post.10-19, writes, ..."),
             click.option("--from", "from_site", help="Use the vector of this site at every site."),
             click.option("--name", default="add", show_default=True, help="The intervention: add, ablate, clamp, ..."),
@@ -219,7 +222,9 @@ def plan(
     from .stages import Stages
 
     given = click.get_current_context().get_parameter_source
-    if any(given(option) is click.core.ParameterSource.COMMANDLINE for option in (*_VECTOR_OPTIONS, "prefer", "target")):
+    if any(
+        given(option) is click.core.ParameterSource.COMMANDLINE for option in (*_VECTOR_OPTIONS, "prefer", "target")
+    ):
         raise click.UsageError(f"{model} says itself what is done where: leave out the options about the vector")
     folder = run_folder or Path("runs") / Path(model).stem
     job = Job(Path(model), folder, device=pick_device("auto"), progress=progress)

@@ -78,9 +78,7 @@ def sha256(path: Path, advance: Advance = lambda _: None) -> str:
     return digest.hexdigest()
 
 
-def check_files(
-    folder: Path, base: Path | None, records: Sequence[FileRecord], *, made: Sequence[str] = ()
-) -> Check:
+def check_files(folder: Path, base: Path | None, records: Sequence[FileRecord], *, made: Sequence[str] = ()) -> Check:
     """Everything the bake wrote is there with its recorded size, small files with their recorded hash; what was carried
     along is what ``base`` has, and all of it is there. Of weight files the size is compared here.
 

@@ -34,7 +34,9 @@ def check_vector(folder: Path, plan: Plan) -> Check:
         return Check("tensors", False, None, None, str(error))
     wrong = [f"{name} is missing" for name in planned if name not in found]
     wrong += [f"{name} is not of the plan" for name in found if name not in planned]
-    wrong += [f"{name} is not as planned" for name in found if name in planned and not _same(found[name], planned[name])]
+    wrong += [
+        f"{name} is not as planned" for name in found if name in planned and not _same(found[name], planned[name])
+    ]
     return Check.of("tensors", wrong, f"{len(planned)} vectors as planned, bit for bit")
 
 

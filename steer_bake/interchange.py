@@ -1,6 +1,6 @@
-"""Vectors in other tools' files: GGUF control vectors (llama.cpp, repeng), numpy, and torch files that hold tensors only.
+"""Vectors in other tools' files: GGUF control vectors (llama.cpp, repeng), numpy, and torch files of tensors only.
 
-Layer numbers mean what those tools do with them: the vector is added to what decoder layer L puts out, ``resid_post.L``.
+Layer numbers mean what those tools do: the vector of L is added to what decoder layer L puts out, ``resid_post.L``.
 Nothing is ever unpickled: torch files go through ``weights_only``, numpy files without pickles.
 """
 
@@ -100,9 +100,7 @@ def _gguf(path: Path) -> dict[str, Tensor]:
             }
     except Exception as error:  # a damaged file fails anywhere in the reader
         raise RecipeError(f"{path} is no readable GGUF file: {error}") from error
-    raise RecipeError(
-        f"{path} is a GGUF file of architecture {architecture!r}; a control vector's is {ARCHITECTURE!r}"
-    )
+    raise RecipeError(f"{path} is a GGUF file of architecture {architecture!r}; a control vector's is {ARCHITECTURE!r}")
 
 
 def _numpy(path: Path) -> dict[str, Tensor]:

@@ -224,9 +224,7 @@ def _of_source(plan: Plan, claim: Housed, prefer: str) -> Plan:
     )
 
 
-def _planned(
-    base: Checkpoint, interventions: Iterable[Intervention], prefer: str, target: str = CHECKPOINT
-) -> Plan:
+def _planned(base: Checkpoint, interventions: Iterable[Intervention], prefer: str, target: str = CHECKPOINT) -> Plan:
     view = Base(base, architectures.layout(base.config))
     ordered = in_forward_order(interventions)
     found = offers(view, ordered, target)

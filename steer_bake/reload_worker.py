@@ -65,7 +65,10 @@ def load_adapted(
     else:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        kinds = {"AutoModelForCausalLM": AutoModelForCausalLM, "AutoPeftModelForCausalLM": peft.AutoPeftModelForCausalLM}
+        kinds = {
+            "AutoModelForCausalLM": AutoModelForCausalLM,
+            "AutoPeftModelForCausalLM": peft.AutoPeftModelForCausalLM,
+        }
         model = kinds[through].from_pretrained(
             adapter, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False
         )

@@ -91,9 +91,10 @@ def validate(
     """Compare the checkpoint or adapter in ``folder`` with ``base_folder`` under hooks, on tokenised prompts ``rows``.
 
     Failing checks are in the report, not raised (see :meth:`Report.require`). ``prefer`` is what the plan preferred
-    and ``target`` what it is for; by default, what the folder's own ``steering.json`` says. ``stream`` keeps the weights
-    of both on disk (``streaming.py``): the figures are the same, memory holds one tensor of the model at a time, and
-    every pass, one per batch and one per decoded token, reads the whole checkpoint. ``progress`` counts passes.
+    and ``target`` what it is for; by default, what the folder's own ``steering.json`` says. ``stream`` keeps the
+    weights of both on disk (``streaming.py``): the figures are the same, memory holds one tensor of the model at a
+    time, and every pass, one per batch and one per decoded token, reads the whole checkpoint. ``progress`` counts
+    passes.
 
     Raises:
         CheckpointError: the base is missing or damaged, or cannot be streamed. (A damaged candidate is a failed check.)

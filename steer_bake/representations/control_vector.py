@@ -1,4 +1,4 @@
-"""A shift at the end of a layer, held by a llama.cpp control vector: ``direction.L`` is added to what layer L puts out."""
+"""A shift at the end of a layer, held by a llama.cpp control vector: ``direction.L`` is added behind layer L."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def lora_bias(piece: Piece, base: Base) -> Holding | None:
         new = replace(base.new(name, (base.layout.width,), affine), dtype="F32")
         return Holding((new,), note=NOTE)
     raise NotFoldable(
-        f"no writer of {piece.site} is a plain linear layer whose output reaches the {base.layout.model_type} stream as "
-        "it is, and an adapter holds a vector as the bias of such a layer only; bake a checkpoint instead (target "
+        f"no writer of {piece.site} is a plain linear layer whose output reaches the {base.layout.model_type} stream "
+        "as it is, and an adapter holds a vector as the bias of such a layer only; bake a checkpoint instead (target "
         "checkpoint)"
     )

@@ -56,7 +56,7 @@ def lora(
     proven = is_commit(ref, base)
     name = ref.hub_id if proven and ref.hub_id else str(base.folder.resolve())
     with publish(out, overwrite=overwrite) as folder:
-        # No tokenizer: beside one, PEFT's AutoPeftModel resizes the embedding to its length.
+        # No tokenizer: it is the base's, and where one is longer than the embedding PEFT's AutoPeftModel resizes that.
         records = carry(base.folder, folder, LICENCES)
         content = adapter.config(plan, base, name, ref.revision if proven else None)
         records.append(write_json(folder / adapter.CONFIG, content))
