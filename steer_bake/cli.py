@@ -327,6 +327,9 @@ def bake(
     help="For a model larger than memory: weights stay on disk, one tensor at a time is read. Same figures; every "
     "batch and every decoded token reads the whole model anew, so it is slow.",
 )  # fmt: skip
+@click.option(
+    "--gguf", type=click.Path(path_type=Path), help="Of a control vector: the GGUF file of the model it is for."
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the report here as JSON too.")
 @_device
 @_json
@@ -337,15 +340,19 @@ def validate(
     limit: int,
     decode_tokens: int,
     stream: bool,
+    gguf: Path | None,
     out: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
     """Prove that a baked FOLDER computes what hooks on its base compute. Fails with a non-zero exit where it does not.
 
+    A checkpoint is loaded by plain transformers, an adapter by PEFT, a control vector by llama.cpp.
+
     \b
-    Example:
+    Examples:
       steer-bake validate steered --base smollm2-135m
+      steer-bake validate vector --base smollm2-135m --gguf model.gguf
     """
     from . import manifest
     from .baked import certify, find_base, proof_rows
@@ -359,7 +366,7 @@ def validate(
     rows = proof_rows(Prompts(path=prompts, limit=limit), Path(), reference, decode_tokens)
     with progress("validating") as advance:
         report = certify(
-            folder, reference, found.interventions, rows,
+            folder, reference, found.interventions, rows, gguf=gguf,
             decode_tokens=decode_tokens, device=device, stream=stream, prefer=found.prefer, target=found.target,
             advance=advance,
         )  # fmt: skip

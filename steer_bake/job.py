@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from . import adapter, architectures, baked, behaviour, card, control, direction, manifest, registry
+from . import adapter, architectures, baked, behaviour, card, direction, manifest, registry
 from . import recipe as recipes
 from .activations import collect
 from .architectures import Layout
@@ -61,6 +61,14 @@ class Job:
         self.layout: Layout = architectures.layout(self.base.config)
         self.layers = self.layout.layers
 
+    def check_runnable(self) -> None:
+        """Raise RecipeError where what the recipe makes is not for transformers, which prove and measure it."""
+        if registry.identifier(self.recipe.target.name) == "gguf_vector":
+            raise RecipeError(
+                "a run proves and measures with transformers, which do not load control vectors: write one with "
+                "'steer-bake extract RECIPE -o v.gguf' or 'steer-bake bake --target gguf-vector'"
+            )
+
     def check(self) -> Plan:
         """Read everything that the stages will read, but the weights, so that what is wrong is said before long work.
 
@@ -94,8 +102,8 @@ class Job:
     @property
     def baked_files(self) -> list[Path]:
         """Without any of these the bake has to be done again."""
-        first = {"lora": adapter.CONFIG, "gguf_vector": control.FILE}.get(registry.identifier(self.recipe.target.name))
-        return [self.model / (first or "config.json"), *manifest.files(self.model), self.plan_file]
+        first = adapter.CONFIG if self.recipe.target.name == "lora" else "config.json"
+        return [self.model / first, *manifest.files(self.model), self.plan_file]
 
     @property
     def report_file(self) -> Path:

@@ -47,6 +47,7 @@ def run(
     folder = Path(folder)
     stages = Stages(folder, force)
     job = Job(Path(recipe_file), folder, device=pick_device(device), dtype=dtype, safety=safety, progress=progress)
+    job.check_runnable()
     job.check()
     with no_empty_folder(folder):
         if job.recipe.estimator:

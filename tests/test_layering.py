@@ -11,7 +11,7 @@ import pytest
 
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
-    ("errors", "registry", "reload_worker", "runtimes", "streaming"),
+    ("errors", "llamacpp_worker", "registry", "reload_worker", "runtimes", "streaming"),
     ("affine", "checks", "sites"),
     ("interchange",),
     (
@@ -36,6 +36,7 @@ LAYERS = (
     ("targets", "audit"),
     ("comparison", "unbake"),
     ("validate", "evaluate"),
+    ("llamacpp",),
     ("behaviour",),
     ("baked",),
     ("card",),
@@ -47,7 +48,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 #: Run by path in a fresh process that must not know steer_bake.
-STANDALONE = ("reload_worker", "streaming")
+STANDALONE = ("llamacpp_worker", "reload_worker", "streaming")
 #: Data folders without code.
 DATA = ("prompt_sets",)
 
