@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from steer_bake import adapter, manifest, pipeline
+from steer_bake import adapter, card, manifest, pipeline
 from steer_bake.audit import audit
 from steer_bake.checkpoint import Checkpoint
 from steer_bake.cli import main
@@ -173,6 +173,9 @@ def test_the_certificate_loads_it_in_three_ways(
     assert {"adapter config", "tensors", "function, adapter (float32)", "function, storage dtype", "effect"} <= names
     for loader in ("AutoModelForCausalLM", "AutoPeftModelForCausalLM"):
         assert report.legs[loader].max_over_std <= TOLERANCE
+    text = card.render(folder, report.as_json(), None)
+    assert ("Do not merge" in text) == (kind == "tied")
+    assert ("vLLM refuses" in text) == (kind == "untied")
     assert ("stream (reloaded, float32)" in names) == (kind == "tied")
 
 
@@ -189,12 +192,14 @@ def test_the_certificate_of_other_families(bases: Callable[[str], Path], tmp_pat
 def test_a_tokenizer_larger_than_the_embedding_does_not_resize_it(tmp_path: Path) -> None:
     """Where a tokenizer lies beside the adapter, AutoPeftModel makes the embedding as long as it: none lies there."""
     base = tiny.save_llama(tmp_path / "base", dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.resize_token_embeddings(250)
-    model.save_pretrained(base)
+    words = tiny.tokenizer()
+    words.add_tokens([f"<{number}>" for number in range(9)])
+    words.save_pretrained(base)
+    rows = Checkpoint.open(base).config["vocab_size"]
+    assert len(words) > rows
     folder = adapted(base, tmp_path / "out", [ablate("writes")])
     assert not list(folder.glob("tokenizer*"))
-    assert AutoPeftModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.shape[0] == 250
+    assert AutoPeftModelForCausalLM.from_pretrained(folder).get_input_embeddings().weight.shape[0] == rows
     copy = jobs.copy(folder, tmp_path / "copy")
     for path in base.glob("tokenizer*"):
         shutil.copy(path, copy)
@@ -454,10 +459,10 @@ def test_a_recipe_can_ask_for_an_adapter(llama: Path, tmp_path: Path) -> None:
     done = pipeline.run(path, tmp_path / "run")
     assert done.report["passed"]
     assert done.evaluation["behaviour"]
-    card = (done.model / "README.md").read_text()
-    assert "base_model_relation" not in card  # the base is a folder: there is no hub id to name
-    assert "library_name: peft" in card
-    assert "AutoPeftModelForCausalLM" in card
+    text = (done.model / "README.md").read_text()
+    assert "base_model_relation" not in text  # the base is a folder: there is no hub id to name
+    assert "library_name: peft" in text
+    assert "AutoPeftModelForCausalLM" in text
     again = pipeline.run(path, tmp_path / "run")
     assert not any(again.ran.values())
 

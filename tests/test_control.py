@@ -1,4 +1,4 @@
-"""A control vector holds additions at the ends of layers and nothing else, bit for bit; llama.cpp computes the hooks."""
+"""A control vector holds additions at the ends of layers and nothing else, bit for bit; llama.cpp computes hooks."""
 
 from __future__ import annotations
 
