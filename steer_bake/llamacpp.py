@@ -100,7 +100,7 @@ def _checks(effect: Distance, noise: Distance, exact: Distance) -> list[Check]:
     return [
         Check(
             "function, llama.cpp", off.kl <= limit, off.kl, limit,
-            f"KL(hooks || llama.cpp) {off.kl:.2e}, without vector and hooks {apart.kl:.2e}; same first token "
+            f"KL(hooks || llama.cpp) {off.kl:.2e}, without vector and hooks {apart.kl:.2e}; same likeliest token "
             f"{100 * off.top1:.1f} %, without {100 * apart.top1:.1f} %; max gap {off.max_over_std:.1e} std",
         ),
         Check(
