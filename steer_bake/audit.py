@@ -16,19 +16,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import __version__, manifest
+from . import __version__, adapter, control, manifest
+from .adapter import check_adapter
 from .checkpoint import Checkpoint
 from .checkpoint.carry import lfs_sha256
 from .checkpoint.folder import CONFIG, INDEX, ONE_FILE, as_bytes
 from .checks import Check, listed, require
 from .contents import check_files, check_hashes, check_others, sha256
+from .control import check_vector
 from .errors import CheckpointError, SteerBakeError
 from .manifest import Manifest
 from .originals import Originals
-from .plan import Plan, make_plan
+from .plan import CHECKPOINT, Plan, make_plan
 from .tensors import check_tensors, is_linked
 
 DOSE_TOLERANCE = 1e-6  # the norm of a long vector is summed in an order that machines choose
+
+#: The files that a target makes itself, beside what it carries along.
+MADE = {"lora": (adapter.CONFIG, adapter.WEIGHTS), "gguf_vector": (control.FILE,)}
 
 Progress = Callable[[int, int], None]
 
@@ -75,7 +80,7 @@ def audit(folder: Path, base: Checkpoint, *, hash_files: bool = False, progress:
     told: Manifest | None = None
     try:
         told = manifest.read(folder, incomplete=base.remote is not None)
-        plan = make_plan(base, told.interventions, told.prefer)
+        plan = make_plan(base, told.interventions, told.prefer, told.target)
     except SteerBakeError as error:
         why = str(error) if told is None else f"there is no such plan for {base.folder}: {error}"
         return _report(folder, base, None, told, hash_files, [Check("manifest", False, None, None, why)])
@@ -84,9 +89,14 @@ def audit(folder: Path, base: Checkpoint, *, hash_files: bool = False, progress:
     checks = [
         _check_manifest(folder, told, plan),
         _check_base(base, told),
-        check_files(folder, base.folder, here),
+        check_files(
+            folder, None if told.target == "gguf_vector" else base.folder, here, made=MADE.get(told.target, ())
+        ),
         check_others(folder, told.files),
     ]
+    if told.target != CHECKPOINT:
+        checks += _beside(folder, base, plan, told, progress)
+        return _report(folder, base, plan, told, hash_files, checks)
     try:
         found = Checkpoint.open_beside(folder, base, away) if away else Checkpoint.open(folder)
     except CheckpointError as error:
@@ -101,6 +111,17 @@ def audit(folder: Path, base: Checkpoint, *, hash_files: bool = False, progress:
         checks.append(check_hashes(found, base, here, sources, count.add))
     count.finish()
     return _report(folder, base, plan, told, hash_files, checks)
+
+
+def _beside(folder: Path, base: Checkpoint, plan: Plan, told: Manifest, progress: Progress | None) -> Iterator[Check]:
+    """The file that goes beside the model, against the plan. (Of such folders every file has a recorded hash.)"""
+    if plan.target == "lora":
+        sources = {edit.source for edit in plan.edits if edit.source}
+        count = _Counter(sum(base.tensors[name].nbytes for name in sources), progress)
+        yield from check_adapter(folder, base, plan, told.base, elsewhere=told.computed_elsewhere, advance=count.add)
+        count.finish()
+    else:
+        yield check_vector(folder, plan)
 
 
 def _report(

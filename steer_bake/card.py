@@ -23,6 +23,7 @@ from .architectures import SLOTS
 from .errors import RecipeError, UnknownArchitecture
 from .judges import INCOHERENT
 from .manifest import Manifest
+from .plan import CHECKPOINT
 from .runtimes import runtimes
 
 LOADING_CODE = """\
@@ -30,12 +31,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({path!r}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({path!r})"""
 
+ADAPTER_CODE = """\
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained({path!r}, dtype="auto")"""
+
 #: How other programs are started; ``{path}`` is the repository or the folder.
 STARTING = {
     "vllm": "vllm serve {path}",
     "llama.cpp": "python convert_hf_to_gguf.py {folder} --outfile model.gguf",
     "mlx": "mlx_lm.generate --model {path} --prompt Hello",
 }
+
+#: By target: the packaged template, and what the hub calls it.
+TEMPLATES = {"lora": "adapter.md", "gguf_vector": "vector.md"}
+LIBRARIES = {"lora": ("peft", "adapter"), "gguf_vector": ("gguf", "adapter")}
 
 LONGEST_ANSWER = 220  # characters of an example
 NOT_FOR_ALL = "not-for-all-audiences"
@@ -87,7 +96,7 @@ def render(
         _belongs(found, report, f"report of {folder}")
     if evaluation is not None:
         _belongs(found, evaluation, f"evaluation of {folder}")
-    path = template or templates() / f"{kind(folder)}.md"
+    path = template or templates() / TEMPLATES.get(found.target, "checkpoint.md")
     environment = Environment(
         loader=ChoiceLoader([FileSystemLoader(path.parent), FileSystemLoader(templates())]),
         undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False,
@@ -113,7 +122,7 @@ def _content(
     place = publication.repo or str(folder)
     name = Path(origin or base["name"]).name
     return {
-        "metadata": _metadata(folder, origin, publication, measured, not_for_all=reduced),
+        "metadata": _metadata(found, origin, publication, measured, not_for_all=reduced),
         "title": _text(publication.repo.split("/")[-1]) if publication.repo else f"{_text(name)}, steered",
         "base": base,
         "origin": origin,
@@ -122,8 +131,9 @@ def _content(
         "licence": publication.licence.get("license_name") or publication.licence.get("license"),
         "acknowledged": publication.acknowledged,
         "interventions": report["interventions"] if report else plan["interventions"],
-        "code": LOADING_CODE.format(path=place),
-        "loading": _loading(folder, plan, publication.repo),
+        "code": loading_code(place, found.target),
+        "loading": _loading(folder, plan, publication.repo) if found.target == CHECKPOINT else [],
+        "adapter": _adapter(found),
         "report": report,
         "audit": publication.audit,
         "gaps": _gaps(report),
@@ -143,11 +153,6 @@ def _content(
         "incoherent": _incoherent,
         **{key: measured[key] for key in _UNMEASURED},
     }
-
-
-def kind(folder: Path) -> Literal["checkpoint", "adapter"]:
-    """Which packaged template a folder's card is made from."""
-    return "adapter" if (folder / "adapter_config.json").is_file() else "checkpoint"
 
 
 def _sealed(text: str) -> str:
@@ -179,6 +184,11 @@ def problem(text: str, publication: Publication) -> str:
     return ""
 
 
+def loading_code(place: str | Path, target: str) -> str:
+    """How to load what lies in a folder or a repository."""
+    return (ADAPTER_CODE if target == "lora" else LOADING_CODE).format(path=str(place))
+
+
 def _belongs(found: manifest.Manifest, measured: Mapping[str, Any], what: str) -> None:
     if measured.get("plan_sha256") != found.content["plan_sha256"]:
         raise RecipeError(f"the {what} was made for another plan than the folder holds: validate or run this one again")
@@ -198,19 +208,28 @@ def _harmful_fell(measured: Mapping[str, Any]) -> Literal["clearly", "perhaps"] 
     return None
 
 
+def _adapter(found: manifest.Manifest) -> Mapping[str, Any]:
+    """What the card of an adapter says of merging and of who loads it."""
+    edits, notes = found.content["plan"]["edits"], {one["note"] for one in found.content["plan"]["decisions"]}
+    return {
+        "bias": any(edit["tensor"].endswith("bias") for edit in edits),
+        "new_bias": any(edit["from"] is None for edit in edits),
+        "tied": any("tied" in note for note in notes),
+        "revision": found.base["revision"],
+    }
+
+
 def _metadata(
-    folder: Path, origin: str | None, publication: Publication, measured: Mapping[str, Any], *, not_for_all: bool
+    found: Manifest, origin: str | None, publication: Publication, measured: Mapping[str, Any], *, not_for_all: bool
 ) -> str:
     """The card's YAML header, in the fields that the hub knows."""
-    adapter = kind(folder) == "adapter"
-    fields: dict[str, Any] = {
-        "library_name": "peft" if adapter else "transformers", "pipeline_tag": "text-generation"
-    }  # fmt: skip
+    library, relation = LIBRARIES.get(found.target, ("transformers", "finetune"))
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if origin:
-        fields |= {"base_model": origin, "base_model_relation": "adapter" if adapter else "finetune"}
+        fields |= {"base_model": origin, "base_model_relation": relation}
     fields |= publication.licence
     fields["tags"] = ["steer-bake", "activation-steering", *([NOT_FOR_ALL] if not_for_all else [])]
-    name = publication.repo or (f"{Path(origin).name}-steered" if origin else folder.name)
+    name = publication.repo or (f"{Path(origin).name}-steered" if origin else "steered")
     results = [_result(row) for row in (*measured["behaviour"], *measured["safety"])]
     if results:
         fields["model-index"] = [{"name": name.split("/")[-1], "results": results}]
@@ -253,7 +272,6 @@ def _loading(folder: Path, plan: Mapping[str, Any], repo: str | None) -> list[di
             "command": STARTING.get(one.name, "").format(path=repo or folder, folder=folder.name),
         }
         for one in runtimes()
-        if kind(folder) == "checkpoint"
     ]
 
 

@@ -206,11 +206,11 @@ def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any]
     loading_code(model)
 
 
-def loading_code(model: Path) -> None:
-    """The three lines of plain transformers."""
-    from .card import LOADING_CODE
+def loading_code(model: Path, target: str = "checkpoint") -> None:
+    """The lines of plain transformers, or of PEFT."""
+    from .card import loading_code
 
-    click.echo(f"\n{LOADING_CODE.format(path=str(model))}")
+    click.echo(f"\n{loading_code(model, target)}")
 
 
 def sides(rows: Sequence[Mapping[str, str]]) -> None:

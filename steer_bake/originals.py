@@ -111,6 +111,15 @@ def keep(
     return Originals(tuple(files), edited, new_names, vectors, texts)
 
 
+def beside(base: Checkpoint) -> Originals:
+    """What a file that goes beside ``base`` keeps of it: which files it has, so that the base can be recognised."""
+    files = []
+    for name in base.files:
+        lfs = base.remote.lfs_sha256.get(name) if base.remote else lfs_sha256(base.folder / name)
+        files.append(BaseFile(name, "", base.size(name), base.header_hash(name), lfs))
+    return Originals(tuple(files), {}, {}, {}, {})
+
+
 def _way_back(base: Checkpoint, name: str, edit: Edit) -> str:
     info = base.tensors[name]
     if edit.affine.is_identity and edit.source == name and edit.dtype == info.dtype:

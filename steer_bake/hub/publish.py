@@ -100,6 +100,7 @@ def push(
         raise PublishError(f"a pull request is a branch of its own: leave out --create-pr, or --revision {revision}")
     found = manifest.read(folder, incomplete=from_base)
     safety.require(safety.refusals(evaluation), acknowledged)
+    _check_kind(folder, found)
     items = _items(folder, found, progress)
     with without_bars():
         proof = _certificate(folder, found, report, items, certified, progress)
@@ -129,6 +130,15 @@ def push(
 
 
 # --- what is published
+
+
+def _check_kind(folder: Path, found: Manifest) -> None:
+    """Refuse an adapter that would be of use on this machine only."""
+    if found.target == "lora" and not found.base["hub_id"]:
+        raise PublishError(
+            f"{folder} is an adapter for {found.base['name']}, which is no model on the hub: nobody else can load it; "
+            "bake it again for the hub id of its base"
+        )
 
 
 def _items(folder: Path, found: Manifest, progress: Progress) -> dict[str, Item]:
