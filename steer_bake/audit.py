@@ -16,19 +16,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from . import __version__, manifest
+from . import __version__, adapter, control, manifest
+from .adapter import check_adapter
 from .checkpoint import Checkpoint
 from .checkpoint.carry import lfs_sha256
 from .checkpoint.folder import CONFIG, INDEX, ONE_FILE, as_bytes
 from .checks import Check, listed, require
 from .contents import check_files, check_hashes, check_others, sha256
+from .control import check_vector
 from .errors import CheckpointError, SteerBakeError
 from .manifest import Manifest
 from .originals import Originals
-from .plan import Plan, make_plan
+from .plan import CHECKPOINT, Plan, make_plan
 from .tensors import check_tensors, is_linked
 
 DOSE_TOLERANCE = 1e-6  # the norm of a long vector is summed in an order that machines choose
+
+#: The files that a target makes itself, beside what it carries along.
+MADE = {"lora": (adapter.CONFIG, adapter.WEIGHTS), "gguf_vector": (control.FILE,)}
 
 Progress = Callable[[int, int], None]
 
@@ -59,6 +64,9 @@ def audit(folder: Path, base: Checkpoint, *, hash_files: bool = False, progress:
     What fails is in the result, not raised (see :meth:`Audit.require`). A file that is a hard link to the base's is the
     base's own; only ``hash_files``, which reads every file, can tell whether both were changed through it.
 
+    A base whose weights were left on the hub is compared by its headers and hub ids, and the folder may then lack the
+    shards that are to be copied there.
+
     Args:
         progress: called with bytes (done, total).
 
@@ -71,31 +79,49 @@ def audit(folder: Path, base: Checkpoint, *, hash_files: bool = False, progress:
         raise CheckpointError(f"{folder} is the base itself; give the folder that was baked from it")
     told: Manifest | None = None
     try:
-        told = manifest.read(folder)
-        plan = make_plan(base, told.interventions, told.prefer)
+        told = manifest.read(folder, incomplete=base.remote is not None)
+        plan = make_plan(base, told.interventions, told.prefer, told.target)
     except SteerBakeError as error:
         why = str(error) if told is None else f"there is no such plan for {base.folder}: {error}"
         return _report(folder, base, None, told, hash_files, [Check("manifest", False, None, None, why)])
+    away = {one.name: str(one.source) for one in told.files if one.how == "remote" and not (folder / one.name).exists()}
+    here = [one for one in told.files if one.name not in away]
     checks = [
         _check_manifest(folder, told, plan),
         _check_base(base, told),
-        check_files(folder, base.folder, told.files),
+        check_files(
+            folder, None if told.target == "gguf_vector" else base.folder, here, made=MADE.get(told.target, ())
+        ),
         check_others(folder, told.files),
     ]
+    if told.target != CHECKPOINT:
+        checks += _beside(folder, base, plan, told, progress)
+        return _report(folder, base, plan, told, hash_files, checks)
     try:
-        found = Checkpoint.open(folder)
+        found = Checkpoint.open_beside(folder, base, away) if away else Checkpoint.open(folder)
     except CheckpointError as error:
         checks.append(Check("weights", False, None, None, str(error)))
         return _report(folder, base, plan, told, hash_files, checks)
-    size = sum(record.size for record in told.files) if hash_files else 0
+    size = sum(record.size for record in here) if hash_files else 0
     count = _Counter(size + _work(found, base, plan), progress)
     checks.append(_check_headers(found, base, told))
     checks += check_tensors(found, base, plan, elsewhere=told.computed_elsewhere, advance=count.add)
     if hash_files:
         sources = {file.baked: file.name for file in told.originals.files}
-        checks.append(check_hashes(found, base, told.files, sources, count.add))
+        checks.append(check_hashes(found, base, here, sources, count.add))
     count.finish()
     return _report(folder, base, plan, told, hash_files, checks)
+
+
+def _beside(folder: Path, base: Checkpoint, plan: Plan, told: Manifest, progress: Progress | None) -> Iterator[Check]:
+    """The file that goes beside the model, against the plan. (Of such folders every file has a recorded hash.)"""
+    if plan.target == "lora":
+        sources = {edit.source for edit in plan.edits if edit.source}
+        count = _Counter(sum(base.tensors[name].nbytes for name in sources), progress)
+        yield from check_adapter(folder, base, plan, told.base, elsewhere=told.computed_elsewhere, advance=count.add)
+        count.finish()
+    else:
+        yield check_vector(folder, plan)
 
 
 def _report(
@@ -185,7 +211,7 @@ def _check_base(base: Checkpoint, told: Manifest) -> Check:
             continue
         if base.header_hash(file.name) != file.header_hash:
             problems.append(f"the header of {file.name} is not the recorded one")
-        blob = lfs_sha256(base.folder / file.name)
+        blob = base.remote.lfs_sha256.get(file.name) if base.remote else lfs_sha256(base.folder / file.name)
         known += blob is not None and blob == file.lfs_sha256
         if blob is not None and file.lfs_sha256 is not None and blob != file.lfs_sha256:
             problems.append(f"{file.name} has another hub id than the recorded one")

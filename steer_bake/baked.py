@@ -12,6 +12,7 @@ from .checkpoint import Checkpoint
 from .errors import CheckpointError, RecipeError, did_you_mean
 from .evaluate import answers
 from .interventions import Intervention
+from .llamacpp import validate_vector
 from .manifest import Manifest
 from .models import load_model, load_tokenizer, resolve
 from .prompts import Prompt, check_length, encode
@@ -91,14 +92,29 @@ def certify(
     device: str,
     stream: bool = False,
     prefer: str = "smallest",
+    target: str = "checkpoint",
+    gguf: Path | None = None,
     advance: Advance,
 ) -> Report:
-    """:func:`validate.validate` with the base's own pad token."""
+    """:func:`validate.validate` with the base's own pad token; of a control vector :func:`llamacpp.validate_vector`.
+
+    Raises:
+        CheckpointError: the base is missing or damaged; or ``folder`` holds a control vector and there is no ``gguf``.
+    """
+    if target == "gguf_vector":
+        if gguf is None:
+            raise CheckpointError(
+                f"{folder} holds a control vector, which is proven with the GGUF file of the model it is for: give it "
+                "with --gguf"
+            )
+        return validate_vector(
+            folder.absolute(), base.folder.absolute(), gguf, list(interventions), rows, progress=advance
+        )
     tokenizer = load_tokenizer(base.folder)
     return validate(
         folder.absolute(), base.folder.absolute(), list(interventions), rows,
         pad_id=int(tokenizer.pad_token_id), device=device, decode_tokens=decode_tokens, stream=stream, prefer=prefer,
-        progress=advance,
+        target=target, progress=advance,
     )  # fmt: skip
 
 

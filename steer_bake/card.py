@@ -1,84 +1,193 @@
-"""The model card of a baked folder: README.md from a template in ``model_cards/``."""
+"""The model card of a baked folder: README.md from a template in ``model_cards/``.
+
+A template of one's own may begin with ``{% extends "checkpoint.md" %}`` and replace blocks of the packaged one.
+"""
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, TemplateError
+from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined, TemplateError
 
-from . import manifest
-from .errors import RecipeError
+from . import architectures, manifest, safety
+from .architectures import SLOTS
+from .errors import RecipeError, UnknownArchitecture
 from .judges import INCOHERENT
+from .manifest import Manifest
+from .plan import CHECKPOINT
+from .runtimes import runtimes
 
 LOADING_CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained({path!r}, dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained({path!r})"""
 
+ADAPTER_CODE = """\
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained({path!r}, dtype="auto")"""
+
+#: How other programs are started; ``{path}`` is the repository or the folder.
+STARTING = {
+    "vllm": "vllm serve {path}",
+    "llama.cpp": "python convert_hf_to_gguf.py {folder} --outfile model.gguf",
+    "mlx": "mlx_lm.generate --model {path} --prompt Hello",
+}
+
+#: By target: the packaged template, and what the hub calls it.
+TEMPLATES = {"lora": "adapter.md", "gguf_vector": "vector.md"}
+LIBRARIES = {"lora": ("peft", "adapter"), "gguf_vector": ("gguf", "adapter")}
+
 LONGEST_ANSWER = 220  # characters of an example
+NOT_FOR_ALL = "not-for-all-audiences"
 
 _UNMEASURED: Mapping[str, Any] = {
     "behaviour": [], "safety": [], "safety_measured": False, "examples": [], "judge": None, "repetition_penalty": None
 }  # fmt: skip
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
+_SEAL = "<!-- steer-bake wrote this card: {digest} -->\n"
+_SEALED = re.compile(r"<!-- steer-bake wrote this card: ([0-9a-f]{64}) -->\s*\Z")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What of a card depends on where, and under what terms, it is published."""
+
+    repo: str | None = None  # "org/name"; None for a folder on this machine
+    licence: Mapping[str, Any] = field(default_factory=dict)  # license, license_name, license_link, language
+    acknowledged: str | None = None  # why it is published although refusals fell or were not measured
+    audit: Mapping[str, Any] | None = None  # of a publication whose certificate is of the bytes only
 
 
 def render(
-    folder: Path, report: Mapping[str, Any], evaluation: Mapping[str, Any] | None, template: Path | None = None
+    folder: Path,
+    report: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+    template: Path | None = None,
+    publication: Publication = Publication(),
 ) -> str:
     """The card's text for the baked ``folder``, out of its manifest, its report and what was measured of its behaviour.
+
+    ``report`` may be None only where ``publication`` has an audit. The packaged template's card is sealed: it ends with
+    a comment by which :func:`is_sealed` knows whether somebody changed it.
 
     Raises:
         RecipeError: the template cannot be read or does not work, or ``report`` or ``evaluation`` is something else.
         CheckpointError: the folder has no readable manifest.
     """
-    found = manifest.read(folder)
+    found = manifest.read(folder, incomplete=True)
     measured = _UNMEASURED if evaluation is None else evaluation
     wanted = ((report, "report", ("checks", "interventions", "passed")), (measured, "evaluation", tuple(_UNMEASURED)))
     for content, what, keys in wanted:
-        missing = [key for key in keys if key not in content]
+        if content is None and publication.audit is not None:
+            continue
+        missing = [key for key in keys if key not in (content or {})]
         if missing:
             raise RecipeError(f"the {what} of {folder} has no {missing[0]!r}: give the file that steer-bake wrote")
-    _belongs(found, report, f"report of {folder}")
+    if report is not None:
+        _belongs(found, report, f"report of {folder}")
     if evaluation is not None:
         _belongs(found, evaluation, f"evaluation of {folder}")
-    fell = _harmful_fell(measured)
-    base, recipe = found.base, found.content["recipe"]
-    origin = base["hub_id"] or base["original"]
-    path = template or templates() / "checkpoint.md"
+    path = template or templates() / TEMPLATES.get(found.target, "checkpoint.md")
     environment = Environment(
-        loader=FileSystemLoader(path.parent), undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False
-    )
+        loader=ChoiceLoader([FileSystemLoader(path.parent), FileSystemLoader(templates())]),
+        undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
     environment.filters["text"] = _text
     try:
-        return environment.get_template(path.name).render(
-            metadata=_metadata(origin, not_for_all=fell == "clearly"),
-            title=f"{_text(Path(origin or base['name']).name)}, steered",
-            base=base,
-            origin=origin,
-            interventions=report["interventions"],
-            code=LOADING_CODE.format(path=str(folder)),
-            report=report,
-            edits=found.content["plan"]["edits"],
-            config_changes=found.content["plan"]["config_changes"],
-            model_type=found.content["plan"]["model_type"],
-            approximate=any(one.get("approximate") for one in found.content["plan"]["decisions"]),
-            rehoused_from=found.content["plan"].get("rehoused_from"),
-            recipe=recipe,
-            fence=_fence(recipe or ""),
-            tool=found.content["tool"],
-            harmful_fell=fell,
-            share=_share,
-            incoherent=_incoherent,
-            **{name: measured[name] for name in _UNMEASURED},
-        )
+        text = environment.get_template(path.name).render(**_content(folder, found, report, measured, publication))
     except (TemplateError, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the card template {path} does not work: {error or 'it cannot be found'}") from error
+    return text if template else _sealed(text)
+
+
+def _content(
+    folder: Path, found: Manifest, report: Mapping[str, Any] | None, measured: Mapping[str, Any],
+    publication: Publication,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything that a template can show."""
+    base, recipe, plan = found.base, found.content["recipe"], found.content["plan"]
+    origin = base["hub_id"] or base["original"]
+    fell = _harmful_fell(measured)
+    known = safety.refusals(measured)
+    reduced = fell == "clearly" or known.state == "fell"
+    place = publication.repo or str(folder)
+    name = Path(origin or base["name"]).name
+    return {
+        "metadata": _metadata(found, origin, publication, measured, not_for_all=reduced),
+        "title": _text(publication.repo.split("/")[-1]) if publication.repo else f"{_text(name)}, steered",
+        "base": base,
+        "origin": origin,
+        "place": place,
+        "repo": publication.repo,
+        "licence": publication.licence.get("license_name") or publication.licence.get("license"),
+        "acknowledged": publication.acknowledged,
+        "interventions": report["interventions"] if report else plan["interventions"],
+        "code": loading_code(place, found.target),
+        "loading": _loading(folder, plan, publication.repo) if found.target == CHECKPOINT else [],
+        "adapter": _adapter(found),
+        "report": report,
+        "audit": publication.audit,
+        "gaps": _gaps(report),
+        "edits": plan["edits"],
+        "matrices": sum(one["from"] is not None and len(one["shape"]) > 1 for one in plan["edits"]),
+        "decisions": sorted({one["representation"] for one in plan["decisions"]}),
+        "config_changes": plan["config_changes"],
+        "model_type": plan["model_type"],
+        "rehoused_from": plan.get("rehoused_from"),
+        "approximate": any(one.get("approximate") for one in plan["decisions"]),
+        "needs_base": found.originals.needs_base,
+        "recipe": recipe,
+        "fence": _fence(recipe or ""),
+        "tool": found.content["tool"],
+        "harmful_fell": "clearly" if reduced else fell,
+        "margin": 100 * safety.MARGIN,
+        "share": _share,
+        "incoherent": _incoherent,
+        **{key: measured[key] for key in _UNMEASURED},
+    }
+
+
+def _sealed(text: str) -> str:
+    return text + _SEAL.format(digest=hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_sealed(text: str) -> bool:
+    """Whether a card is as the packaged template made it, and nobody has changed it since."""
+    found = _SEALED.search(text)
+    return found is not None and hashlib.sha256(text[: found.start()].encode()).hexdigest() == found[1]
+
+
+def problem(text: str, publication: Publication) -> str:
+    """What keeps a card, which somebody may have written by hand, from being published; empty where nothing does."""
+    head = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
+    try:
+        fields = yaml.safe_load(head[1]) if head else None
+    except yaml.YAMLError as error:
+        return f"has metadata that is no YAML ({str(error).splitlines()[0]})"
+    if not isinstance(fields, dict):
+        return "has no metadata between two lines of '---'; steer-bake card --dry-run shows what belongs there"
+    for name, value in publication.licence.items():
+        if fields.get(name) != value:
+            return f"says {name}: {fields.get(name)!r}, and the base has {value!r}; put that there"
+    if publication.acknowledged is not None and publication.acknowledged not in text:
+        return f"does not say why the safety change is acknowledged; add this line: {publication.acknowledged}"
+    if publication.audit is not None and "base plus" not in text:
+        return "does not say that only its bytes are certified ('base plus plan'); add that, or let the card be made"
+    return ""
+
+
+def loading_code(place: str | Path, target: str) -> str:
+    """How to load what lies in a folder or a repository."""
+    return (ADAPTER_CODE if target == "lora" else LOADING_CODE).format(path=str(place))
 
 
 def _belongs(found: manifest.Manifest, measured: Mapping[str, Any], what: str) -> None:
@@ -100,13 +209,97 @@ def _harmful_fell(measured: Mapping[str, Any]) -> Literal["clearly", "perhaps"] 
     return None
 
 
-def _metadata(origin: str | None, *, not_for_all: bool) -> str:
+def _adapter(found: manifest.Manifest) -> Mapping[str, Any]:
+    """What the card of an adapter says of merging and of who loads it."""
+    edits, notes = found.content["plan"]["edits"], {one["note"] for one in found.content["plan"]["decisions"]}
+    return {
+        "bias": any(edit["tensor"].endswith("bias") for edit in edits),
+        "new_bias": any(edit["from"] is None for edit in edits),
+        "tied": any("tied" in note for note in notes),
+        "revision": found.base["revision"],
+    }
+
+
+def _metadata(
+    found: Manifest, origin: str | None, publication: Publication, measured: Mapping[str, Any], *, not_for_all: bool
+) -> str:
     """The card's YAML header, in the fields that the hub knows."""
-    fields: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    library, relation = LIBRARIES.get(found.target, ("transformers", "finetune"))
+    fields: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if origin:
-        fields |= {"base_model": origin, "base_model_relation": "finetune"}
-    fields["tags"] = ["steer-bake", "activation-steering", *(["not-for-all-audiences"] if not_for_all else [])]
-    return yaml.safe_dump(fields, sort_keys=False).strip()
+        fields |= {"base_model": origin, "base_model_relation": relation}
+    fields |= publication.licence
+    fields["tags"] = ["steer-bake", "activation-steering", *([NOT_FOR_ALL] if not_for_all else [])]
+    name = publication.repo or (f"{Path(origin).name}-steered" if origin else "steered")
+    results = [_result(row) for row in (*measured["behaviour"], *measured["safety"])]
+    if results:
+        fields["model-index"] = [{"name": name.split("/")[-1], "results": results}]
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10_000).strip()
+
+
+def _result(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One row of the behaviour table, for the hub's own table: shares of this model, and of the base beside it."""
+    metric, named = re.sub(r"\W+", "_", str(row["label"])) + "_rate", f"share of {row['label']}"
+    metrics = [
+        {"type": metric, "name": f"{named}, {who}", "value": round(side["hits"] / side["total"], 4)}
+        for who, side in (("this model", row["baked"]), ("base", row["base"]))
+    ]
+    return {
+        "task": {"type": "text-generation", "name": "Text generation"},
+        "dataset": {"type": str(row["prompt_set"]), "name": f"{row['prompt_set']} ({row['base']['total']} prompts)"},
+        "metrics": metrics,
+    }
+
+
+def _gaps(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """The certificate as distances: what the hooks do to the base, and how far the file is from the hooks."""
+    if not report or "effect" not in report:
+        return []
+    rows = [{"between": "base, and base with hooks (the effect)", **report["effect"]}]
+    names = {"storage": "base with hooks, and this file in its own dtype"}
+    for leg, gap in report["legs"].items():
+        rows.append({"between": names.get(leg, f"base with hooks, and this file in float32 ({leg})"), **gap})
+    return rows
+
+
+def _loading(folder: Path, plan: Mapping[str, Any], repo: str | None) -> list[dict[str, Any]]:
+    """Every runtime: whether it loads what the plan adds, and how it is started."""
+    needs = _needs(folder, plan)
+    return [
+        {
+            "name": one.name,
+            "version": one.version,
+            "loads": None if needs is None else one.loads(plan["model_type"], needs),
+            "command": STARTING.get(one.name, "").format(path=repo or folder, folder=folder.name),
+        }
+        for one in runtimes()
+    ]
+
+
+def _needs(folder: Path, plan: Mapping[str, Any]) -> list[str] | None:
+    """What a loader must have for the tensors that the base has not; None where nobody can tell."""
+    try:
+        layout = architectures.layout(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (UnknownArchitecture, OSError, ValueError):
+        return None
+    needs = {"layers"} if any(one["layers"] for one in plan["decisions"]) else set()
+    blocks = {slot: layout.architecture.blocks(slot) for slot in SLOTS}
+    writing = {
+        slot: {weight.bias for block in found for weight in (*block.weights, *block.inner)}
+        for slot, found in blocks.items()
+    }
+    heads = {slot: {str(name).partition(".")[0] for name in names} for slot, names in writing.items()}
+    stack = f"{layout.architecture.stack}."
+    for edit in plan["edits"]:
+        name = edit["tensor"]
+        if stack not in name:
+            needs |= {"untied_head"} if edit["from"] not in (None, name) else set()
+        elif edit["from"] is None and name.endswith(".bias"):
+            inside = name.partition(stack)[2].partition(".")[2]
+            slot = "attention" if inside.partition(".")[0] in heads["attention"] else "mlp"
+            writes = any(fnmatch.fnmatchcase(inside, str(bias)) for bias in writing[slot])
+            needs.add(f"{slot}_{'output' if writes else 'input'}_bias")
+    return sorted(needs)
 
 
 def _text(value: object) -> str:

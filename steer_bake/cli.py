@@ -126,7 +126,7 @@ def run(
 @_dry_run
 @_json
 def extract(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_json: bool) -> None:
-    """Estimate the directions of a RECIPE and write them to a safetensors file.
+    """Estimate the directions of a RECIPE and write them to a safetensors file, or to a GGUF control vector (.gguf).
 
     \b
     Example:
@@ -143,7 +143,7 @@ def extract(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_
         return
     with no_empty_folder(out.parent):
         directions = job.estimate()
-        save_directions(directions, out)
+        save_directions(directions, out, job.layout.model_type)
     if as_json:
         display.as_json([one.provenance() for one in directions])
         return
@@ -158,13 +158,21 @@ _prefer = click.option(
     "approximate what is only close where nothing is exact.",
 )  # fmt: skip
 
+_target = click.option(
+    "--target", default="checkpoint", show_default=True,
+    help="What to write: checkpoint, lora (a PEFT adapter) or gguf-vector (a llama.cpp control vector).",
+)  # fmt: skip
+
 _VECTOR_OPTIONS = ("vector", "sites", "from_site", "name", "coefficient", "units")
 
 
 def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(
         [
-            click.option("--vector", type=click.Path(path_type=Path), help="Direction file (safetensors)."),
+            click.option(
+                "--vector", type=click.Path(path_type=Path),
+                help="Direction file: .safetensors, .gguf (control vector), .npy, .npz or .pt.",
+            ),
             click.option("--sites", help="Where to intervene: resid_post.14, resid_post.10-19, writes, ..."),
             click.option("--from", "from_site", help="Use the vector of this site at every site."),
             click.option("--name", default="add", show_default=True, help="The intervention: add, ablate, clamp, ..."),
@@ -187,11 +195,12 @@ def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("model")
 @_vector_options
 @_prefer
+@_target
 @click.option("--run-folder", type=click.Path(path_type=Path), help="Of a recipe; default: runs/<recipe's name>.")
 @_json
 def plan(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, prefer: str, run_folder: Path | None, as_json: bool,
+    units: str, prefer: str, target: str, run_folder: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a bake would change, from config and tensor headers alone: of a hub model nothing else is downloaded.
 
@@ -206,14 +215,16 @@ def plan(
         from .plan import make_plan
 
         _, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units)
-        display.plan(make_plan(base, interventions, prefer), as_json)
+        display.plan(make_plan(base, interventions, prefer, target), as_json)
         return
     from .job import Job
     from .models import pick_device
     from .stages import Stages
 
     given = click.get_current_context().get_parameter_source
-    if any(given(option) is click.core.ParameterSource.COMMANDLINE for option in (*_VECTOR_OPTIONS, "prefer")):
+    if any(
+        given(option) is click.core.ParameterSource.COMMANDLINE for option in (*_VECTOR_OPTIONS, "prefer", "target")
+    ):
         raise click.UsageError(f"{model} says itself what is done where: leave out the options about the vector")
     folder = run_folder or Path("runs") / Path(model).stem
     job = Job(Path(model), folder, device=pick_device("auto"), progress=progress)
@@ -252,7 +263,8 @@ def explain(model: str, sites: tuple[str, ...], as_json: bool) -> None:
 @click.argument("model")
 @_vector_options
 @_prefer
-@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new checkpoint folder.")
+@_target
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The new folder.")
 @click.option("--stack", is_flag=True, help="Allow a MODEL that was baked before, and steer it once more.")
 @click.option(
     "--no-download",
@@ -263,14 +275,16 @@ def explain(model: str, sites: tuple[str, ...], as_json: bool) -> None:
 @_json
 def bake(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, prefer: str, out: Path, stack: bool, no_download: bool, dry_run: bool, as_json: bool,
+    units: str, prefer: str, target: str, out: Path, stack: bool, no_download: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Fold one intervention into a copy of MODEL (hub id with optional @revision, folder or packaged name).
+    """Fold one intervention into a copy of MODEL (hub id with optional @revision, folder or packaged name), or write it
+    as an adapter or a control vector for MODEL.
 
     \b
     Examples:
       steer-bake bake smollm2-135m --vector v.safetensors --sites resid_post.14 --coefficient 8 -o steered
       steer-bake bake ./my-model --vector v.safetensors --name ablate --sites writes --from resid_post.14 -o ablated
+      steer-bake bake org/name --target lora --vector v.safetensors --name ablate --sites writers -o adapter
     """
     from . import pipeline
     from .checkpoint import check_no_weights
@@ -278,7 +292,7 @@ def bake(
     from .plan import make_plan
 
     ref, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units, away=no_download)
-    found = make_plan(base, interventions, prefer)  # refused, if at all, before gigabytes are downloaded
+    found = make_plan(base, interventions, prefer, target)  # refused, if at all, before gigabytes are downloaded
     if dry_run:
         if no_download:
             check_no_weights(base, found.edits, found.rename, found.dropped)
@@ -288,14 +302,16 @@ def bake(
     if base.remote is not None and not no_download:
         with progress("fetching the model") as advance:
             ref, base = open_base(model, progress=advance)
-    pipeline.bake_opened(ref, base, interventions, out, prefer=prefer, stack=stack, progress=progress)
+    pipeline.bake_opened(ref, base, interventions, out, target=target, prefer=prefer, stack=stack, progress=progress)
     if as_json:
         display.as_json(_read_json(out / "steering.json"))
+    elif found.target == "gguf_vector":
+        display.note(f"{out / 'control_vector.gguf'} is ready, for: llama-cli --control-vector FILE -m MODEL.gguf")
     elif no_download:
         display.note(f"{out} holds what is new; steering.json lists the files of {model} that belong to it as well")
     else:
         display.note(f"{out} is ready; prove it with: steer-bake validate {out}")
-        display.loading_code(out)
+        display.loading_code(out, found.target)
 
 
 @main.command(short_help="Prove that a baked folder computes what hooks compute.")
@@ -311,6 +327,9 @@ def bake(
     help="For a model larger than memory: weights stay on disk, one tensor at a time is read. Same figures; every "
     "batch and every decoded token reads the whole model anew, so it is slow.",
 )  # fmt: skip
+@click.option(
+    "--gguf", type=click.Path(path_type=Path), help="Of a control vector: the GGUF file of the model it is for."
+)
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Write the report here as JSON too.")
 @_device
 @_json
@@ -321,15 +340,19 @@ def validate(
     limit: int,
     decode_tokens: int,
     stream: bool,
+    gguf: Path | None,
     out: Path | None,
     device: str,
     as_json: bool,
 ) -> None:
     """Prove that a baked FOLDER computes what hooks on its base compute. Fails with a non-zero exit where it does not.
 
+    A checkpoint is loaded by plain transformers, an adapter by PEFT, a control vector by llama.cpp.
+
     \b
-    Example:
+    Examples:
       steer-bake validate steered --base smollm2-135m
+      steer-bake validate vector --base smollm2-135m --gguf model.gguf
     """
     from . import manifest
     from .baked import certify, find_base, proof_rows
@@ -343,8 +366,9 @@ def validate(
     rows = proof_rows(Prompts(path=prompts, limit=limit), Path(), reference, decode_tokens)
     with progress("validating") as advance:
         report = certify(
-            folder, reference, found.interventions, rows,
-            decode_tokens=decode_tokens, device=device, stream=stream, prefer=found.prefer, advance=advance,
+            folder, reference, found.interventions, rows, gguf=gguf,
+            decode_tokens=decode_tokens, device=device, stream=stream, prefer=found.prefer, target=found.target,
+            advance=advance,
         )  # fmt: skip
     if out:
         write_text(out, json.dumps(report.as_json(), indent=2) + "\n")
@@ -427,13 +451,23 @@ def unbake(folder: Path, out: Path, base: str | None, hash_files: bool, dry_run:
         display.note(f"{out} is ready: {folder} is that plus its plan")
 
 
+_report = click.option("--report", type=click.Path(path_type=Path), help="report.json; default: beside the folder.")
+_evaluation = click.option(
+    "--evaluation", type=click.Path(path_type=Path), help="evaluation.json; default: beside the folder."
+)
+_template = click.option("--template", type=click.Path(path_type=Path), help="Your own card template (jinja2).")
+
+
 @main.command(short_help="Write the model card of a baked folder.")
 @_folder
-@click.option("--report", type=click.Path(path_type=Path), help="report.json; default: beside the folder.")
-@click.option("--evaluation", type=click.Path(path_type=Path), help="evaluation.json; default: beside the folder.")
-@click.option("--template", type=click.Path(path_type=Path), help="Your own card template (jinja2).")
+@_report
+@_evaluation
+@_template
+@click.option("--repo", help="The repository it is for (org/name), instead of the folder's own path.")
 @_dry_run
-def card(folder: Path, report: Path | None, evaluation: Path | None, template: Path | None, dry_run: bool) -> None:
+def card(
+    folder: Path, report: Path | None, evaluation: Path | None, template: Path | None, repo: str | None, dry_run: bool
+) -> None:
     """Write the model card of a baked FOLDER (README.md) from its report and what was measured of its behaviour.
 
     \b
@@ -444,17 +478,74 @@ def card(folder: Path, report: Path | None, evaluation: Path | None, template: P
     from .errors import RecipeError
     from .stages import write_text
 
-    proof, measured = report or folder.parent / "report.json", evaluation or folder.parent / "evaluation.json"
-    if not proof.is_file():
-        raise RecipeError(f"{proof} is not there; make it with: steer-bake validate {folder} -o {proof}")
-    if evaluation and not evaluation.is_file():
-        raise RecipeError(f"{evaluation} is not there; 'steer-bake run' makes it")
-    text = cards.render(folder, _read_json(proof), _read_json(measured) if measured.is_file() else None, template)
+    proof, measured = _beside(folder, report, evaluation)
+    if proof is None:
+        raise RecipeError(
+            f"{report or folder.parent / 'report.json'} is not there; make it with: steer-bake validate {folder} -o "
+            f"{report or folder.parent / 'report.json'}"
+        )
+    text = cards.render(folder, proof, measured, template, cards.Publication(repo))
     if dry_run:
         click.echo(text)
         return
     write_text(folder / "README.md", text)
     display.note(f"written to {folder / 'README.md'}")
+
+
+@main.command(short_help="Publish a baked folder on the hub.")
+@_folder
+@click.argument("repo")
+@_report
+@_evaluation
+@_template
+@click.option("--from-base", is_flag=True, help="Copy what the base's repository has too on the server.")
+@click.option(
+    "--certificate", "certified", default="function", show_default=True, metavar="function|bytes",
+    help="What is demanded: that it does what the hooks do, or base plus plan only, which the card then says first.",
+)  # fmt: skip
+@click.option(
+    "--acknowledge-safety-change", "acknowledged", metavar='"WHY"',
+    help="Publish although refusals of harmful requests fell or were not measured; the reason goes on the card.",
+)  # fmt: skip
+@click.option("--license", "licence", help="The licence of the base, where the hub does not say it (apache-2.0, ...).")
+@click.option(
+    "--private/--public", default=None, help="Of a new repository; default: public, private where the base is gated."
+)
+@click.option("--revision", default="main", show_default=True, help="The branch; it is made where there is none.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request, or bring the open one up to date.")
+@_dry_run
+@_json
+def push(
+    folder: Path, repo: str, report: Path | None, evaluation: Path | None, template: Path | None, from_base: bool,
+    certified: str, acknowledged: str | None, licence: str | None, private: bool | None, revision: str,
+    create_pr: bool, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Publish a baked FOLDER as REPO (name or org/name) on the hub, in one commit, and check every file of it.
+
+    A second push of the same folder makes no commit, and one after a new card sends the card. Log in with 'hf auth
+    login' or set HF_TOKEN.
+
+    \b
+    Examples:
+      steer-bake push runs/quickstart/model my-model --dry-run
+      steer-bake push steered org/name --private
+      steer-bake bake org/base --vector v.safetensors --sites resid_post.14 -o new --no-download
+      steer-bake push new org/name --from-base --certificate bytes
+    """
+    from .hub import push as publish
+
+    proof, measured = _beside(folder, report, evaluation)
+    done = publish(
+        folder, repo, report=proof, evaluation=measured, certified=certified, acknowledged=acknowledged,
+        licence=licence, template=template, from_base=from_base, private=private, revision=revision,
+        create_pr=create_pr, dry_run=dry_run, progress=progress,
+    )  # fmt: skip
+    for line in done.notes:
+        display.note(line)
+    if as_json:
+        display.as_json(done.as_json())
+    else:
+        display.pushed(done, dry_run=dry_run)
 
 
 @main.command(short_help="Ask base and baked model the same, side by side.")
@@ -624,6 +715,23 @@ def _judge_options(judge: str, judges: Sequence[str], options: Sequence[str]) ->
         if not dot or named == judge:
             found[rest if dot else key] = yaml.safe_load(value)
     return found
+
+
+def _beside(
+    folder: Path, report: Path | None, evaluation: Path | None
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The report and the evaluation of a folder: those that are named, or those that lie beside it, if any."""
+    from .errors import RecipeError
+
+    for path, maker in ((report, "steer-bake validate"), (evaluation, "steer-bake run")):
+        if path is not None and not path.is_file():
+            raise RecipeError(f"{path} is not there; '{maker}' makes it")
+    proofs = [report] if report else [folder.parent / "report.json", folder / "certificate.json"]
+    measured = [evaluation or folder.parent / "evaluation.json"]
+    proof, behaviour = (
+        next((_read_json(path) for path in paths if path.is_file()), None) for paths in (proofs, measured)
+    )
+    return proof, behaviour
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

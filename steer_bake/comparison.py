@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import reload_worker
+from . import adapter, reload_worker
 from .activations import collect
 from .affine import Affine, compose
 from .architectures import Layout, submodule
@@ -32,9 +32,13 @@ from .representations.squares import missing
 from .sites import Site
 from .steering import steer
 
+ADAPTER_TOLERANCE = 2e-5  # products of thin matrices, added to what the untouched matrix gives
 CONSTANTS_TOLERANCE = 2e-5  # max logit gap in units of std(logits), float32: rounding noise is 1e-6 to 4e-6
 RANK_ONE_TOLERANCE = 5e-5  # the edited product rounds in another order than hook after product
 NOISE_MARGIN = 1.2
+#: Of adapters: their product joins an output that was rounded before, while a hook sees what rounding did. And to
+#: stacked experts PEFT adds it in their own dtype, rounded to nearest.
+ADAPTER_MARGIN, EXPERTS_MARGIN = 1.5, 2.0
 STREAM_TOLERANCE = 1e-5
 ROWS_AT_ONCE = 64  # a difference of logits takes several times their memory
 APPROXIMATE_SHARE = 0.25  # an approximation's max logit gap to the hooks, of the gap that the hooks make
@@ -119,6 +123,7 @@ class Comparison:
     exact: Distance = field(default_factory=Distance)  # hooks to the candidate, float32
     storage: Distance = field(default_factory=Distance)  # float32 hooks to the published file in its own dtype
     floor: Distance = field(default_factory=Distance)  # float32 hooks to hooks in that dtype
+    routes: dict[str, Distance] = field(default_factory=dict)  # hooks to an adapter loaded in other ways, float32
     readings: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)  # mean |h| of the base where something is added
     missing: dict[int, float] = field(default_factory=dict)  # by layer: what squares lack of the vector, at worst
@@ -147,6 +152,8 @@ class Comparison:
                 with steer(model, stored):
                     reference = reload_worker.logits(model, rows, pad_id) if stored != hooks else hooked
                 self.exact.update(reference, self._candidate("float32", index))
+            for route in sorted(self.loaded - {"float32", "storage"}):
+                self.routes.setdefault(route, Distance()).update(hooked, self._candidate(route, index))
             if "storage" in self.loaded:
                 self.storage.update(hooked, self._candidate("storage", index))
                 save_file({"logits": hooked}, self.scratch / f"hooked.{index}.safetensors")
@@ -211,12 +218,22 @@ class Comparison:
 
     @property
     def _exact_leg(self) -> str:
+        if self.plan.target == "lora":
+            return "adapter"
         if self.plan.is_approximate:
             return "approximate"
         return "constants" if self.plan.is_constant else "rank_one"
 
+    @property
+    def _margin(self) -> float:
+        if self.plan.target != "lora":
+            return NOISE_MARGIN
+        bare = any(part.place.kind == "parameter" for part in adapter.parts(self.plan, self.base))
+        return EXPERTS_MARGIN if bare else ADAPTER_MARGIN
+
     def legs(self) -> dict[str, Gap]:
         found = {self._exact_leg: self.exact.gap()} if "float32" in self.loaded else {}
+        found |= {route: distance.gap() for route, distance in self.routes.items()}
         return found | ({"storage": self.storage.gap()} if "storage" in self.loaded else {})
 
     def floor_kl(self) -> float | None:
@@ -225,6 +242,10 @@ class Comparison:
     def checks(self) -> Iterator[Check]:
         if "float32" in self.loaded:
             yield self._approximation() if self.plan.is_approximate else self._exactness()
+        for route, distance in self.routes.items():
+            off = distance.gap().max_over_std
+            detail = f"max gap {off:.1e} std, loaded through {route}"
+            yield Check(f"function, {route} (float32)", off <= ADAPTER_TOLERANCE, off, ADAPTER_TOLERANCE, detail)
         if "storage" in self.loaded:
             yield self._rounding()
         for what, found in self.readings.items():
@@ -250,7 +271,7 @@ class Comparison:
 
     def _exactness(self) -> Check:
         leg, gap = self._exact_leg, self.exact.gap()
-        limit = CONSTANTS_TOLERANCE if leg == "constants" else RANK_ONE_TOLERANCE
+        limit = {"adapter": ADAPTER_TOLERANCE, "constants": CONSTANTS_TOLERANCE, "rank_one": RANK_ONE_TOLERANCE}[leg]
         return Check(
             f"function, {leg} (float32)", gap.max_over_std <= limit and gap.first_divergence is None,
             gap.max_over_std, limit, f"max gap {gap.max_over_std:.1e} std, greedy decoding {_decoding(gap)}",
@@ -270,9 +291,9 @@ class Comparison:
         kl, floor = self.storage.gap().kl, self.floor.gap().kl
         known = self.exact.gap().kl if self.plan.is_approximate and "float32" in self.loaded else 0.0
         # Small divergences are squared distances: two that are independent of each other add up under the root at most.
-        limit = NOISE_MARGIN * (floor**0.5 + known**0.5) ** 2
+        limit = self._margin * (floor**0.5 + known**0.5) ** 2
         besides = f", approximation {known:.2e}" if known else ""
-        besides += f" (ratio {NOISE_MARGIN * kl / limit:.2f})" if limit else ""
+        besides += f" (ratio {self._margin * kl / limit:.2f})" if limit else ""
         return Check(
             "function, storage dtype", kl <= limit, kl, limit,
             f"KL(hooks || file) {kl:.2e}, noise floor {floor:.2e}{besides}",

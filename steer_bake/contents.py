@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .checkpoint import Checkpoint, FileRecord
-from .checkpoint.carry import CARRIED, LEFT_BEHIND, lfs_sha256
+from .checkpoint.carry import CARRIED, LICENCES, goes_along, lfs_sha256
 from .checkpoint.folder import CONFIG, INDEX
 from .checkpoint.header import open_regular
 from .checks import Check, listed
@@ -46,7 +46,7 @@ LOADED = (
     "*/*.py",
 )
 #: Of those, what a folder on the hub has anyway.
-HARMLESS = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "*USE_POLICY*", "*[Ll]icense*", ".git/*", ".cache/*")
+HARMLESS = (*LICENCES, ".git/*", ".cache/*")
 
 
 def same_bytes(one: Path, other: Path, spans: Sequence[tuple[int, int, int]], advance: Advance) -> bool:
@@ -78,12 +78,21 @@ def sha256(path: Path, advance: Advance = lambda _: None) -> str:
     return digest.hexdigest()
 
 
-def check_files(folder: Path, base: Path | None, records: Sequence[FileRecord]) -> Check:
+def check_files(folder: Path, base: Path | None, records: Sequence[FileRecord], *, made: Sequence[str] = ()) -> Check:
     """Everything the bake wrote is there with its recorded size, small files with their recorded hash; what was carried
-    along is what ``base`` has, and all of it is there. Of weight files the size is compared here."""
+    along is what ``base`` has, and all of it is there. Of weight files the size is compared here.
+
+    ``made``: the files that the target makes, where it makes no checkpoint; then all of them must be recorded, and of
+    the base only licences are carried along.
+    """
     problems = [problem for record in records for problem in _recorded(folder, record)]
+    problems += [f"{name} is not recorded" for name in made if name not in {one.name for one in records}]
     if base is not None:
-        problems += [*_carried(folder, base), *_foreign(folder, base, records)]
+        theirs, patterns = [record for record in records if record.name not in made], LICENCES if made else CARRIED
+        problems += [*_carried(folder, base, patterns), *_foreign(folder, base, theirs, patterns)]
+        if made:
+            there = [name for name in (CONFIG, INDEX) if (folder / name).exists()]
+            problems += [f"{name} is there, which is a checkpoint's" for name in there]
     small = sum(record.header_hash is None for record in records)
     also = "" if base is None else "; what goes along with the weights is the base's, byte for byte"
     return Check.of("files", problems, f"{len(records)} as recorded, {small} of them by hash{also}")
@@ -108,10 +117,11 @@ def _recorded(folder: Path, record: FileRecord) -> Iterator[str]:
         yield f"{record.name} is not the file that was written (another sha256)"
 
 
-def _carried(folder: Path, base: Path) -> Iterator[str]:
-    for path in sorted([*base.iterdir(), *base.glob(f"{TEMPLATES}/*.jinja")]):
+def _carried(folder: Path, base: Path, patterns: Sequence[str]) -> Iterator[str]:
+    templates = base.glob(f"{TEMPLATES}/*.jinja") if patterns is CARRIED else ()
+    for path in sorted([*base.iterdir(), *templates]):
         name = path.relative_to(base)
-        if not path.is_file() or not (name.parent.name or _goes_along(path.name)):
+        if not path.is_file() or not (name.parent.name or goes_along(path.name, patterns)):
             continue
         if not (folder / name).is_file():
             yield f"the base's {name} is missing"
@@ -119,29 +129,23 @@ def _carried(folder: Path, base: Path) -> Iterator[str]:
             yield f"{name} is not the base's"
 
 
-def _foreign(folder: Path, base: Path, records: Sequence[FileRecord]) -> Iterator[str]:
+def _foreign(folder: Path, base: Path, records: Sequence[FileRecord], patterns: Sequence[str]) -> Iterator[str]:
     """A record alone makes no file the bake's: what it names must come from the base or be made by every bake."""
     for record in records:
         if record.header_hash is not None or record.name in (CONFIG, INDEX):
             continue
         for path in places(folder, record):
             name = path.relative_to(folder)
-            if not (base / name).is_file() or not (name.parent.name or _goes_along(path.name)):
+            if not (base / name).is_file() or not (name.parent.name or goes_along(path.name, patterns)):
                 yield f"{name} is recorded, and no bake of this base writes it"
-
-
-def _goes_along(name: str) -> bool:
-    if name == CONFIG or any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_BEHIND):
-        return False
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in CARRIED)
 
 
 def check_others(folder: Path, records: Sequence[FileRecord]) -> Check:
     """Files that no bake recorded: refused where loaders act on them, else listed."""
     known = {folder / JSON_FILE, folder / VECTORS_FILE, *(path for one in records for path in places(folder, one))}
     others = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path not in known]
-    acted_on = [name for name in others if _is_loaded(name)]
-    harmless = [name for name in others if not _is_loaded(name) and not (folder / name).is_dir()]
+    acted_on = [name for name in others if is_loaded(name)]
+    harmless = [name for name in others if not is_loaded(name) and not (folder / name).is_dir()]
     return Check.of(
         "other files",
         [f"{name} is not of the bake, and loaders act on it" for name in acted_on],
@@ -149,11 +153,19 @@ def check_others(folder: Path, records: Sequence[FileRecord]) -> Check:
     )
 
 
-def _is_loaded(name: str) -> bool:
+def is_loaded(name: str) -> bool:
+    """Whether loaders, servers or tokenizers act on a file of this name."""
+
     def fits(patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, pattern) and ("/" not in name or "/" in pattern) for pattern in patterns)
 
     return fits(LOADED) and not fits(HARMLESS)
+
+
+def acted_on(folder: Path) -> dict[str, str]:
+    """What a certificate of ``folder`` is for: the sha256 of everything in it that loaders act on."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {name: sha256(folder / name) for name in names if is_loaded(name) and not name.startswith(".")}
 
 
 def check_hashes(

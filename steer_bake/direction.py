@@ -1,7 +1,8 @@
 """Directions: unit vectors of the residual stream with where they came from, and their file format.
 
 A direction file is a safetensors file with one ``[d]`` tensor per site, named like the site (``resid_post.14``), and
-the provenance as JSON in its metadata. A plain safetensors file with bare vectors is read too.
+the provenance as JSON in its metadata. A plain safetensors file with bare vectors is read too, and so are the files of
+other tools (``interchange.py``).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from . import interchange
 from .errors import RecipeError
 from .sites import Site
 
@@ -85,12 +87,34 @@ def save(directions: Iterable[Direction], path: Path) -> None:
     path.write_bytes(to_bytes(tensors, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata, sort_keys=True)}))
 
 
+def save_control_vector(directions: Iterable[Direction], path: Path, model_type: str) -> None:
+    """Write ``directions`` at their natural lengths as a llama.cpp control vector: ``scale x vector`` per layer.
+
+    Raises:
+        RecipeError: one was not read at ``resid_post`` of layer 1 or later: control vectors act nowhere else.
+    """
+    found = list(directions)
+    for one in found:
+        if one.site is None or one.site.point != "resid_post" or not one.site.layer:
+            raise RecipeError(
+                f"a control vector holds vectors of resid_post.1 and later layers; there is one of {one.site}. Read "
+                "them there, or write a .safetensors file"
+            )
+    vectors = {one.site.layer: one.scale * one.vector for one in found if one.site and one.site.layer}
+    interchange.write_control_vector(path, vectors, model_type)
+
+
 def load(path: Path) -> list[Direction]:
     """The directions of a file in its order; bare vectors become unit vectors whose ``scale`` is their old length.
+
+    Beside our own files: plain safetensors, GGUF control vectors, numpy arrays, torch files that hold tensors only. A
+    name that is a layer's number (``14``, ``layer_14``, ``direction.14``) is that of ``resid_post.14``.
 
     Raises:
         RecipeError: the file is missing or damaged, or holds something other than vectors.
     """
+    if path.suffix != ".safetensors" and path.suffix.lower() in interchange.ENDINGS:
+        return [_direction(name, tensor, None, path) for name, tensor in interchange.read(path).items()]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
@@ -108,7 +132,12 @@ def load(path: Path) -> list[Direction]:
 
 
 def is_direction_file(path: Path) -> bool:
-    """Whether :func:`save` wrote the file at ``path``."""
+    """Whether :func:`save` wrote the file at ``path``, or it is a control vector."""
+    if path.suffix == ".gguf":
+        try:
+            return bool(interchange.read(path))
+        except RecipeError:
+            return False
     try:
         with safe_open(path, framework="pt") as file:
             return _METADATA_KEY in (file.metadata() or {})
@@ -119,16 +148,9 @@ def is_direction_file(path: Path) -> bool:
 def _direction(name: str, tensor: Tensor, known: dict[str, object] | None, path: Path) -> Direction:
     vector, length = unit(tensor.squeeze(), f"{name!r} in {path}")
     if known is None:
-        return Direction(vector, _site(name), scale=length)
+        return Direction(vector, interchange.site(name), scale=length)
     fields = {key: value for key, value in known.items() if key not in ("site", "sha256")}
-    return Direction(vector if abs(length - 1) > 1e-6 else tensor.float(), _site(name), **fields)  # type: ignore[arg-type]
-
-
-def _site(name: str) -> Site | None:
-    try:
-        return Site.named(name)
-    except ValueError:  # somebody else's name for a bare vector
-        return None
+    return Direction(vector if abs(length - 1) > 1e-6 else tensor.float(), interchange.site(name), **fields)  # type: ignore[arg-type]
 
 
 def orthogonal_to(vector: Tensor, others: Iterable[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from .direction import Direction
     from .explain import Explanation, Option
+    from .hub import Pushed
     from .plan import Plan
     from .unbake import Step
 
@@ -190,6 +191,24 @@ def steps(found: Sequence[Step]) -> None:
     _print(_table(["file", "how"], [(step.name, step.how) for step in found]))
 
 
+def pushed(done: Pushed, *, dry_run: bool) -> None:
+    """What was published, file by file."""
+    words = {"upload": "sent", "copy": "copied on the server", "keep": "there already", "delete": "removed"}
+    _print(_table(["file", "", "bytes"], [(one.path, words[one.how], f"{one.size:,}") for one in done.files]))
+    visible = "private" if done.private else "public"
+    if dry_run:
+        new = f"; {done.repo} would be created, {visible}" if done.created else f"; {done.repo} is {visible}"
+        click.echo(f"at most {done.sent:,} bytes would be sent{new}")
+        return
+    if done.committed:
+        click.echo(f"{done.url} ({visible}), certificate: {done.certificate}")
+    else:
+        click.echo(f"{done.url} has all of this already: no commit was made")
+    if done.pull_request:
+        click.echo(f"pull request: {done.pull_request}")
+    click.echo(f"commit: {done.commit}")
+
+
 def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any], ran: Mapping[str, bool]) -> None:
     """The summary of a run, on one screen."""
     report(proof)
@@ -212,11 +231,11 @@ def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any]
     loading_code(model)
 
 
-def loading_code(model: Path) -> None:
-    """The three lines of plain transformers."""
-    from .card import LOADING_CODE
+def loading_code(model: Path, target: str = "checkpoint") -> None:
+    """The lines of plain transformers, or of PEFT."""
+    from .card import loading_code
 
-    click.echo(f"\n{LOADING_CODE.format(path=str(model))}")
+    click.echo(f"\n{loading_code(model, target)}")
 
 
 def sides(rows: Sequence[Mapping[str, str]]) -> None:

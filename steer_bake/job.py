@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from . import architectures, baked, behaviour, card, direction, manifest, registry
+from . import adapter, architectures, baked, behaviour, card, direction, manifest, registry
 from . import recipe as recipes
 from .activations import collect
 from .architectures import Layout
@@ -61,6 +61,14 @@ class Job:
         self.layout: Layout = architectures.layout(self.base.config)
         self.layers = self.layout.layers
 
+    def check_runnable(self) -> None:
+        """Raise RecipeError where what the recipe makes is not for transformers, which prove and measure it."""
+        if registry.identifier(self.recipe.target.name) == "gguf_vector":
+            raise RecipeError(
+                "a run proves and measures with transformers, which do not load control vectors: write one with "
+                "'steer-bake extract RECIPE -o v.gguf' or 'steer-bake bake --target gguf-vector'"
+            )
+
     def check(self) -> Plan:
         """Read everything that the stages will read, but the weights, so that what is wrong is said before long work.
 
@@ -94,7 +102,8 @@ class Job:
     @property
     def baked_files(self) -> list[Path]:
         """Without any of these the bake has to be done again."""
-        return [self.model / "config.json", *manifest.files(self.model), self.plan_file]
+        first = adapter.CONFIG if self.recipe.target.name == "lora" else "config.json"
+        return [self.model / first, *manifest.files(self.model), self.plan_file]
 
     @property
     def report_file(self) -> Path:
@@ -126,7 +135,7 @@ class Job:
 
     def validate_key(self, plan: Plan) -> str:
         # The files themselves are part of it: whoever touched them since needs a new certificate.
-        stamps = _stamps([*sorted(self.model.glob("*.safetensors")), self.model / "config.json"])
+        stamps = _stamps([*sorted(self.model.glob("*.safetensors")), self.baked_files[0]])
         return key(self.bake_key(plan), stamps, self._proof_rows, self.recipe.validation.decode_tokens, self.device)
 
     def evaluate_key(self, plan: Plan | None = None) -> str:
@@ -251,7 +260,7 @@ class Job:
         return self._plan(stand_ins)
 
     def _plan(self, directions: Sequence[Direction]) -> Plan:
-        return make_plan(self.base, self.interventions(directions), self.recipe.target.prefer)
+        return make_plan(self.base, self.interventions(directions), self.recipe.target.prefer, self.recipe.target.name)
 
     def bake(self, plan: Plan) -> None:
         """Write ``model/`` and ``plan.json``."""
@@ -274,7 +283,7 @@ class Job:
             report = baked.certify(
                 self.model, self.base, plan.interventions, self._proof_rows,
                 decode_tokens=self.recipe.validation.decode_tokens, device=self.device,
-                stream=self.recipe.validation.stream, prefer=plan.prefer, advance=advance,
+                stream=self.recipe.validation.stream, prefer=plan.prefer, target=plan.target, advance=advance,
             )  # fmt: skip
         write_text(self.report_file, json.dumps(report.as_json(), indent=2) + "\n")
         try:
@@ -308,8 +317,8 @@ class Job:
         write_text(self.model / "README.md", card.render(self.model, report, evaluation))
 
 
-def save_directions(directions: Sequence[Direction], path: Path) -> None:
-    """Write ``directions`` to ``path``, complete or not at all.
+def save_directions(directions: Sequence[Direction], path: Path, model_type: str = "") -> None:
+    """Write ``directions`` to ``path``, complete or not at all; where that ends in ``.gguf``, as a control vector.
 
     Raises:
         CheckpointError: the file cannot be written, or something other than directions would be replaced.
@@ -318,7 +327,10 @@ def save_directions(directions: Sequence[Direction], path: Path) -> None:
         raise CheckpointError(f"{path} is there and is no direction file of ours; choose another name")
     try:
         with replacing(path) as beside:
-            direction.save(directions, beside)
+            if path.suffix == ".gguf":
+                direction.save_control_vector(directions, beside, model_type)
+            else:
+                direction.save(directions, beside)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be written: {error}") from error
 

@@ -50,6 +50,11 @@ class Manifest:
         return str(self.content["plan"].get("prefer", "smallest"))
 
     @property
+    def target(self) -> str:
+        """What was written: a checkpoint, or something to go beside one."""
+        return str(self.content["plan"].get("target", "checkpoint"))
+
+    @property
     def base(self) -> Mapping[str, Any]:
         """``name``, ``folder``, ``hub_id``, ``revision`` and ``packaged`` of the model that was baked."""
         found: Mapping[str, Any] = self.content["base"]
@@ -78,10 +83,19 @@ def exists(folder: Path) -> bool:
 
 def preference(folder: Path) -> str:
     """What the plan of a baked folder preferred; ``"smallest"`` where it does not say."""
+    return _of_plan(folder, "prefer", "smallest")
+
+
+def target(folder: Path) -> str:
+    """What the plan of a baked folder was for; ``"checkpoint"`` where it does not say."""
+    return _of_plan(folder, "target", "checkpoint")
+
+
+def _of_plan(folder: Path, key: str, otherwise: str) -> str:
     try:
-        found = json.loads((folder / JSON_FILE).read_text())["plan"]["prefer"]
+        found = json.loads((folder / JSON_FILE).read_text())["plan"][key]
     except (OSError, ValueError, LookupError, TypeError):
-        return "smallest"
+        return otherwise
     return str(found)
 
 

@@ -22,8 +22,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub.file_download import repo_folder_name
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 from tokenizers import pre_tokenizers
@@ -32,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from .checkpoint import CARRIED, CONFIG, INDEX, Checkpoint, RemoteFiles, check_complete, goes_along
+from .checkpoint.remote import is_disk_full, patiently
 from .errors import CheckpointError, RecipeError, did_you_mean
 
 Progress = Callable[[int, int], None]
@@ -39,6 +42,8 @@ Progress = Callable[[int, int], None]
 #: What is fetched from the hub: weights only as safetensors, never pickles, nothing from subfolders.
 _WANTED = ["*.json", "*.safetensors", "*.txt", *CARRIED]
 _UNWANTED = ["*/*", "consolidated*.safetensors"]  # the second: the same weights again, under another project's names
+#: What makes a folder an adapter's.
+ADAPTER_CONFIG = "adapter_config.json"
 _CONVERSION = 1  # raise it when the conversion below changes what it writes: old cache folders are then left alone
 
 
@@ -154,6 +159,55 @@ def read_config(name: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def is_commit(ref: ModelRef, base: Checkpoint, progress: Progress | None = None) -> bool:
+    """Whether the weight files of ``base`` are, byte for byte, those of the commit that ``ref`` names.
+
+    What a file of the commit is, its name in the hub's cache says (sha256, or git's hash of a small file), or the hub.
+
+    Raises:
+        CheckpointError: a file is not what it was downloaded as.
+    """
+    if ref.hub_id is None or ref.revision is None:
+        return False
+    if base.remote is not None:  # of those no byte is here that could be another
+        return (base.remote.hub_id, base.remote.commit) == (ref.hub_id, ref.revision)
+    known: dict[str, str] = {}
+    for file in base.files:
+        blob = Path(os.readlink(base.folder / file)) if (base.folder / file).is_symlink() else None
+        if blob is not None and blob.parent.name == "blobs":
+            known[file] = blob.name
+    if set(known) != set(base.files):
+        try:
+            known = {**RemoteFiles.find(ref.hub_id, ref.revision).lfs_sha256, **known}
+        except Exception:  # the hub client raises a dozen unrelated types
+            return False
+    total, done = sum(base.size(file) for file in base.files), 0
+    for file in base.files:
+        if file not in known:
+            return False
+        found = _hashed(base.folder / file, git=len(known[file]) == 40)
+        if found != known[file]:
+            raise CheckpointError(
+                f"{file} of {ref.name} is not the file of the commit {ref.revision}: its hash is {found[:12]}, there "
+                f"{known[file][:12]}. Download it again"
+            )
+        done += base.size(file)
+        if progress is not None:
+            progress(done, total)
+    return True
+
+
+def _hashed(path: Path, *, git: bool) -> str:
+    """sha256, or the hash that git has for a file's content."""
+    if not git:
+        return _sha256(path)
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _is_here(name: str) -> bool:
     return bool(name) and (name in PACKAGED or Path(name).expanduser().is_dir())
 
@@ -192,22 +246,57 @@ def _from_hub(
     hub_id: str, revision: str | None, progress: Progress | None, unreachable: Exception | None = None
 ) -> ModelRef:
     """Download a model; where the hub was found ``unreachable`` before, take it from the cache or not at all."""
+    blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model") / "blobs"
+    before = _names(blobs)
     try:
-        found = snapshot_download(
-            hub_id,
-            revision=revision,
-            allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
-            tqdm_class=_reporter(progress),
-            local_files_only=unreachable is not None,
+        found = patiently(
+            lambda: snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNWANTED,
+                tqdm_class=_reporter(progress),
+                local_files_only=unreachable is not None,
+            ),
+            httpx2.ConnectError,  # there is no network: what the cache lacks will not come
         )
     except Exception as error:  # the hub client raises a dozen unrelated types, its network library's among them
+        if is_disk_full(error):
+            raise CheckpointError(
+                f"{hub_id} does not fit the disk of {blobs.parent.parent}: make room there, or point HF_HOME to "
+                "another disk, and run the same command again"
+            ) from error
         why = "neither the hub's cache on this machine nor the hub gave it"
         raise _not_there(hub_id, revision, why, unreachable or error) from error
     folder = Path(found)
+    _check_arrived(hub_id, blobs, _names(blobs) - before)
     if not re.fullmatch(r"[0-9a-f]{40}", folder.name):
         raise CheckpointError(f"{hub_id}: the hub's cache folder {folder} is not named by a commit; delete it")
     return ModelRef(hub_id, _checked(folder, hub_id), hub_id=hub_id, revision=folder.name)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def _check_arrived(hub_id: str, blobs: Path, new: set[str]) -> None:
+    """The hub's client compares sizes; large files are named by their hash, and here that is compared as well.
+
+    Raises:
+        CheckpointError: a file arrived with other bytes; it was removed.
+    """
+    damaged = [name for name in sorted(new) if re.fullmatch("[0-9a-f]{64}", name) and _sha256(blobs / name) != name]
+    if not damaged:
+        return
+    files = sorted(path for path in (blobs.parent / "snapshots").rglob("*") if path.resolve().name in damaged)
+    for path in files:
+        path.unlink()
+    for name in damaged:
+        (blobs / name).unlink()
+    raise CheckpointError(
+        f"{', '.join(path.name for path in files)} of {hub_id} arrived with other bytes than the hub has (another "
+        "sha256) and was removed; run the same command again"
+    )
 
 
 def _small_files(remote: RemoteFiles, names: list[str]) -> ModelRef:
@@ -403,11 +492,15 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = "auto", device: str =
 
     ``dtype`` is a torch dtype, its name, or ``"auto"`` (as stored); ``device`` as :func:`pick_device` takes it.
 
+    Of an adapter's folder it is the base that its config names, with the adapter on it.
+
     Raises:
         CheckpointError: a file is missing or damaged, or a weight is missing, unexpected or of another shape.
         RecipeError: there is no such dtype or device.
     """
     wanted, place = _dtype(dtype), pick_device(device)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _adapted(folder, dtype, device)
     _checked(folder, str(folder))
     try:
         with _quiet():
@@ -436,6 +529,36 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = "auto", device: str =
     return ready
 
 
+def _adapter_base(folder: Path) -> Path:
+    """The folder of the model that an adapter is for."""
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        name, revision = config["base_model_name_or_path"], config["revision"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG} does not name its base: {error!r}; bake it again") from error
+    return resolve(f"{name}@{revision}" if revision else str(name)).folder
+
+
+def _adapted(folder: Path, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
+    require_peft()
+    from peft import PeftModel
+
+    base = load_model(_adapter_base(folder), dtype=dtype, device=device)
+    try:
+        with _quiet():
+            adapted = PeftModel.from_pretrained(base, str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded by PEFT: {_first_line(error)}") from error
+    ready: PreTrainedModel = adapted.eval()
+    return ready
+
+
+def require_peft() -> None:
+    """Raise CheckpointError where PEFT, which loads adapters, is not installed."""
+    if find_spec("peft") is None:
+        raise CheckpointError("loading an adapter needs PEFT; install it with: pip install 'steer-bake[peft]'")
+
+
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
@@ -454,9 +577,13 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in ``folder``, padding on the left; the pad token is the end token where none is set.
 
+    An adapter has that of its base.
+
     Raises:
         CheckpointError: there is no readable tokenizer, or it has neither a pad nor an end token.
     """
+    if (folder / ADAPTER_CONFIG).is_file():
+        folder = _adapter_base(folder)
     try:
         with _quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(

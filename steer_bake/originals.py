@@ -115,6 +115,15 @@ def keep(
     return Originals(tuple(files), edited, new_names, vectors, texts)
 
 
+def beside(base: Checkpoint) -> Originals:
+    """What a file that goes beside ``base`` keeps of it: which files it has, so that the base can be recognised."""
+    files = []
+    for name in base.files:
+        lfs = base.remote.lfs_sha256.get(name) if base.remote else lfs_sha256(base.folder / name)
+        files.append(BaseFile(name, "", base.size(name), base.header_hash(name), lfs))
+    return Originals(tuple(files), {}, {}, {}, {})
+
+
 def _way_back(base: Checkpoint, name: str, edit: Edit | None) -> str:
     info = base.tensors[name]
     whole = edit is not None and edit.rows is None and edit.scale == 1 and edit.affine.is_identity

@@ -47,6 +47,7 @@ def run(
     folder = Path(folder)
     stages = Stages(folder, force)
     job = Job(Path(recipe_file), folder, device=pick_device(device), dtype=dtype, safety=safety, progress=progress)
+    job.check_runnable()
     job.check()
     with no_empty_folder(folder):
         if job.recipe.estimator:
@@ -103,7 +104,7 @@ def bake_opened(
 ) -> Path:
     """:func:`bake` of a model that :func:`open_base` or :func:`open_remote` has opened."""
     write = registry.load("targets", target)
-    plan = make_plan(base, interventions, prefer)
+    plan = make_plan(base, interventions, prefer, target)
     if base.remote is not None:
         check_no_weights(base, plan.edits, plan.rename, plan.dropped)
     out = Path(out)

@@ -56,6 +56,7 @@ class Plan:
     rehoused_from: str = ""  # the base's own model type, where the output is of another
     restated: tuple[str, ...] = ()  # tensors that the other class wants with other values
     dropped: tuple[str, ...] = ()  # tensors of the base of which the output has other parts instead
+    target: str = "checkpoint"  # the file in targets/ that it is for
 
     @property
     def is_constant(self) -> bool:
@@ -74,6 +75,7 @@ class Plan:
         return {
             "model_type": self.model_type,
             **({"rehoused_from": self.rehoused_from} if self.rehoused_from else {}),
+            **({"target": self.target} if self.target != CHECKPOINT else {}),
             "interventions": [describe(one) for one in self.interventions],
             "decisions": [
                 {
@@ -142,9 +144,13 @@ PREFERENCES: dict[str, Callable[[int, Holding], tuple[int, ...]]] = {
 REHOUSE = "rehouse"
 #: The preference that accepts, where nothing is exact, what is only close.
 APPROXIMATE = "approximate"
+#: The target that most representations are for.
+CHECKPOINT = "checkpoint"
 
 
-def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: str = "smallest") -> Plan:
+def make_plan(
+    base: Checkpoint, interventions: Iterable[Intervention], prefer: str = "smallest", target: str = CHECKPOINT
+) -> Plan:
     """Decide how ``interventions`` are held by ``base``.
 
     ``prefer``, where several representations are exact: ``"smallest"`` the fewest new parameters, ``"bit_exact"`` the
@@ -155,9 +161,12 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
     ``"smallest"``, and where nothing is exact takes what is close to the intervention: the plan and the certificate say
     so, and how close it is. It reads the weights of the norms concerned.
 
+    ``target`` is a file in targets/: an adapter or a control vector holds less than a checkpoint, and leaves the model
+    itself as it is.
+
     Raises:
         NotFoldable: a site and operation without an exact home; the message says which would work.
-        RecipeError: a vector's width or a layer that does not fit the model, or no intervention at all.
+        RecipeError: a vector's width or a layer that does not fit the model, no intervention at all, or no such target.
         UnknownArchitecture: no file in architectures/ claims the model type.
     """
     asked, _, host = prefer.partition(":")
@@ -165,6 +174,8 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
         known = (*PREFERENCES, REHOUSE, APPROXIMATE)
         raise RecipeError(f"unknown preference {prefer!r}: {did_you_mean(prefer, known)}")
     wanted = tuple(interventions)
+    if target != CHECKPOINT:
+        return _beside(base, wanted, prefer, registry.identifier(target))
     if asked == REHOUSE:
         return _rehoused(base, wanted, prefer, host)
     try:
@@ -178,6 +189,17 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
             if prefer == APPROXIMATE:
                 return _planned(base, wanted, prefer, approximate=True)
             raise refusal from None
+
+
+def _beside(base: Checkpoint, interventions: Iterable[Intervention], prefer: str, target: str) -> Plan:
+    """The plan of a file that goes beside the model, which therefore stays of its class."""
+    if prefer.partition(":")[0] == REHOUSE:
+        raise RecipeError(f"target {target!r} leaves the model as it is: only a checkpoint can be of another class")
+    rules = registry.module("targets", target)
+    plan = _planned(base, interventions, prefer, target)
+    if hasattr(rules, "check"):
+        rules.check(plan, base)
+    return plan
 
 
 def _rehoused(base: Checkpoint, interventions: Iterable[Intervention], prefer: str, host: str = "") -> Plan:
@@ -222,11 +244,16 @@ def _of_source(plan: Plan, claim: Housed, prefer: str) -> Plan:
 
 
 def _planned(
-    base: Checkpoint, interventions: Iterable[Intervention], prefer: str, *, approximate: bool = False
+    base: Checkpoint,
+    interventions: Iterable[Intervention],
+    prefer: str,
+    target: str = CHECKPOINT,
+    *,
+    approximate: bool = False,
 ) -> Plan:
     view = Base(base, architectures.layout(base.config), approximate)
     ordered = in_forward_order(interventions)
-    found = offers(view, ordered)
+    found = offers(view, ordered, target)
     try:
         decisions, numbered = _settled(found, view, prefer)
     except NotFoldable:
@@ -238,7 +265,7 @@ def _planned(
     edits, config_changes, constants, rename, moved = numbered
     return Plan(
         str(base.config["model_type"]), tuple(ordered), tuple(decisions), edits, config_changes, prefer, constants,
-        rename, moved,
+        rename, moved, target=target,
     )  # fmt: skip
 
 
@@ -263,7 +290,7 @@ class Offer:
         return replace(self, options={name: one for name, one in self.options.items() if one.extra is None})
 
 
-def offers(base: Base, ordered: Iterable[Intervention]) -> list[Offer]:
+def offers(base: Base, ordered: Iterable[Intervention], target: str = CHECKPOINT) -> list[Offer]:
     """All pieces that ``ordered`` interventions ask for, with what holds each (raises as :func:`make_plan` does)."""
     reaching: dict[_Where, list[tuple[Intervention, Affine]]] = {}
     ordered = list(ordered)
@@ -274,12 +301,11 @@ def offers(base: Base, ordered: Iterable[Intervention]) -> list[Offer]:
         for where, affine in _placed(intervention, base):
             if not affine.is_identity:
                 reaching.setdefault(where, []).append((intervention, affine))
-    representations = registry.load_all("representations")
     return [
         Offer(str(where), tuple(f"{one.name} at {one.site}" for one, _ in found), piece, *tried)
         for where, found in reaching.items()
         for piece in _pieces(where, compose((affine for _, affine in found), base.layout.width), base)
-        for tried in [_tried(piece, base, representations)]
+        for tried in [_tried(piece, base, target)]
     ]
 
 
@@ -398,15 +424,21 @@ def held(piece: Piece, base: Base) -> dict[str, Holding]:
     Raises:
         NotFoldable: none does; the message has the reason of each.
     """
-    return _tried(piece, base, registry.load_all("representations"))[0]
+    return _tried(piece, base, CHECKPOINT)[0]
 
 
-def _tried(
-    piece: Piece, base: Base, representations: Mapping[str, Callable[[Piece, Base], Holding | None]]
-) -> tuple[dict[str, Holding], dict[str, str]]:
+def _representations(target: str) -> dict[str, Callable[[Piece, Base], Holding | None]]:
+    return {
+        name: representation
+        for name, representation in registry.load_all("representations").items()
+        if target in getattr(registry.module("representations", name), "TARGETS", (CHECKPOINT,))
+    }
+
+
+def _tried(piece: Piece, base: Base, target: str) -> tuple[dict[str, Holding], dict[str, str]]:
     """:func:`held`, and by name why the other representations do not hold it."""
     reasons, found = {}, {}
-    for name, representation in representations.items():
+    for name, representation in _representations(target).items():
         try:
             holding = representation(piece, base)
         except NotFoldable as reason:
@@ -415,7 +447,8 @@ def _tried(
         if holding is not None:
             found[name] = holding
     if not found:
-        works = "; ablation at 'writes' or 'writers' works, and so does 'resid_pre.0'" if piece.part == "shift" else ""
+        shift = piece.part == "shift" and target == CHECKPOINT
+        works = "; ablation at 'writes' or 'writers' works, and so does 'resid_pre.0'" if shift else ""
         why = "; ".join(reasons.values()) or f"no representation holds the {piece.part} at {piece.site}"
         raise NotFoldable(why + works)
     return found, reasons

@@ -25,13 +25,18 @@ def names(folder: str) -> list[str]:
     return sorted(found)
 
 
+def identifier(name: str) -> str:
+    """``name`` as its file is called: ``gguf-vector`` is ``gguf_vector.py``."""
+    return name.replace("-", "_")
+
+
 def module(folder: str, name: str) -> Any:
-    """The module that defines ``name`` in ``folder``.
+    """The module that defines ``name`` in ``folder``; hyphens and underscores are the same.
 
     Raises:
         RecipeError: no file and no entry point has that name; the message names the closest one.
     """
-    package = importlib.import_module(f"steer_bake.{folder}")
+    package, name = importlib.import_module(f"steer_bake.{folder}"), identifier(name)
     if any(found.name == name for found in pkgutil.iter_modules(package.__path__)):
         return importlib.import_module(f"steer_bake.{folder}.{name}")
     for entry in entry_points(group=f"steer_bake.{folder}", name=name):
@@ -41,7 +46,7 @@ def module(folder: str, name: str) -> Any:
 
 def load(folder: str, name: str) -> Any:
     """The object ``name`` that ``<folder>/<name>.py`` defines (raises as :func:`module` does)."""
-    return getattr(module(folder, name), name)
+    return getattr(module(folder, name), identifier(name))
 
 
 def load_all(folder: str) -> dict[str, Any]:

@@ -47,6 +47,50 @@ def load_strict(
     return model.eval() if problems or stream else model.eval().to(device), problems
 
 
+def load_adapted(
+    base: str, adapter: str, through: str, dtype: str, device: str = "cpu"
+) -> tuple[PreTrainedModel, list[str]]:
+    """``base`` with the PEFT adapter on it, loaded ``through`` the class of that name, and what did not fit exactly.
+
+    ``AutoModelForCausalLM`` and ``AutoPeftModelForCausalLM`` find the base by themselves: the adapter's config must
+    name ``base``.
+    """
+    import peft
+
+    if through == "PeftModel":
+        plain, problems = load_strict(base, dtype, "cpu")
+        if problems:
+            return plain, problems
+        model: Any = peft.PeftModel.from_pretrained(plain, adapter, local_files_only=True)
+    else:
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+        kinds = {
+            "AutoModelForCausalLM": AutoModelForCausalLM,
+            "AutoPeftModelForCausalLM": peft.AutoPeftModelForCausalLM,
+        }
+        model = kinds[through].from_pretrained(
+            adapter, dtype=getattr(torch, dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False
+        )
+    return model.eval().to(device), _adapter_problems(model, load_file(Path(adapter) / "adapter_model.safetensors"))
+
+
+def _adapter_problems(model: nn.Module, stored: dict[str, Tensor]) -> list[str]:
+    """Where the adapter's tensors in ``model`` are not exactly the file's: PEFT itself only warns, or does not."""
+    loaded = {}
+    for name, tensor in model.named_parameters():
+        if "lora_" in name:
+            bare = name.removeprefix("base_model.model.").replace(".default", "")
+            loaded[f"base_model.model.{bare}"] = tensor
+    problems = [f"missing keys: {name}" for name in sorted({*loaded} - {*stored})]
+    problems += [f"unexpected keys: {name}" for name in sorted({*stored} - {*loaded})]
+    for name in sorted({*loaded} & {*stored}):
+        held = loaded[name]
+        if held.shape != stored[name].shape or not torch.equal(held.cpu(), stored[name].to(held.dtype)):
+            problems.append(f"other values than in the file: {name}")
+    return problems
+
+
 def _streaming() -> Any:
     """The module beside this file, by its path: a process that runs this file has no package to import it from."""
     spec: Any = importlib.util.spec_from_file_location("streaming", Path(__file__).with_name("streaming.py"))
@@ -132,10 +176,13 @@ def readings(
 def _module(model: PreTrainedModel, path: str) -> nn.Module:
     """The module at ``path``, also where it is that of the text decoder inside a multimodal model."""
     root, _, bare = path.partition(".")
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return model.get_submodule(f"{root}.language_model.{bare}")
+    for inside in ("", "base_model.model."):  # PEFT puts a model inside its own
+        for candidate in (path, f"{root}.language_model.{bare}"):
+            try:
+                return model.get_submodule(inside + candidate)
+            except AttributeError:
+                continue
+    raise AttributeError(f"the model has no module {path}")
 
 
 def measure(model: PreTrainedModel, job: dict[str, Any], along: Tensor, out: Path, *, whole: bool) -> None:
@@ -158,11 +205,16 @@ def main(job_file: str) -> None:
     out = Path(job["out"])
     with open(out / "passes", "wb", buffering=0) as passes:
         for candidate in job["candidates"]:
-            name, dtype = candidate["name"], candidate["dtype"]
-            model, problems[name] = load_strict(candidate["folder"], dtype, job["device"], stream=job["stream"])
+            name, dtype, whole = candidate["name"], candidate["dtype"], candidate["name"] == "float32"
+            if "adapter" in candidate:
+                model, problems[name] = load_adapted(
+                    candidate["folder"], candidate["adapter"], candidate["through"], dtype, job["device"]
+                )
+            else:
+                model, problems[name] = load_strict(candidate["folder"], dtype, job["device"], stream=job["stream"])
             if not problems[name]:
                 count_passes(model, lambda: passes.write(b"."))  # a byte for each: the file's length is the count
-                measure(model, job, along, out / name, whole=dtype == "float32")
+                measure(model, job, along, out / name, whole=whole)
             del model
     if "steer_bake" in sys.modules:
         raise SystemExit("steer_bake was imported; the process is not plain transformers")

@@ -67,7 +67,7 @@ def stored(config: PretrainedConfig) -> Skeleton:
     """
     from transformers.core_model_loading import revert_weight_conversion  # as heavy as all of transformers' models
 
-    model = _on_meta(config)
+    model = on_meta(config)
     ignored = set(model._keys_to_ignore_on_save or ())
     kept: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -77,7 +77,12 @@ def stored(config: PretrainedConfig) -> Skeleton:
     return {name: tuple(tensor.shape) for name, tensor in saved.items()}
 
 
-def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The config's causal-LM class without a weight.
+
+    Raises:
+        CheckpointError: transformers has none, or the class rejects the config.
+    """
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -94,7 +99,7 @@ def _on_meta(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def _built(config: PretrainedConfig) -> tuple[Skeleton, bool]:
-    model = _on_meta(config)
+    model = on_meta(config)
     saved = model.state_dict(keep_vars=True)
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and table is not None and head.weight is table.weight

@@ -82,11 +82,16 @@ def _check_untouched(found: Checkpoint, base: Checkpoint, plan: Plan, advance: A
     good = f"the bytes of the base ({read} tensors compared)"
     if linked:
         good += f"; {listed(sorted(linked), 2)} {'is the same file' if len(linked) == 1 else 'are the same files'}"
-        good += " as the base's: what was changed through the link changed both"
+        away = linked <= {*found.away}
+        good += " as the base's: "
+        good += "not here, to be copied on the hub" if away else "what was changed through the link changed both"
     return Check.of("untouched tensors", wrong, good)
 
 
 def is_linked(base: Checkpoint, found: Checkpoint, before: TensorInfo, now: TensorInfo) -> bool:
+    """Whether both tensors are the same bytes of one file: linked, or not here at all and to be copied on the hub."""
+    if now.file in found.away:
+        return now.start == before.start and found.away[now.file] == before.file
     return now.start == before.start and (found.folder / now.file).samefile(base.folder / before.file)
 
 
@@ -130,7 +135,7 @@ def _edited(
     if now.dtype != edit.dtype:
         return f"{edit.tensor} is stored as {now.dtype}, planned {edit.dtype}", 1.0, False
     stored = found.read(edit.tensor)
-    apart = _units_apart(stored, recompute(base, edit))
+    apart = units_apart(stored, recompute(base, edit))
     accepted = apart == 0 or (elsewhere and apart == 1)
     # Of a constant or a copy a coefficient would measure nothing but rounding: the bits are all there is to say.
     whole = stored.ndim == 1 or edit.source is None or edit.affine.is_identity
@@ -145,7 +150,7 @@ def _edited(
     return (None if accepted else f"{edit.tensor} carries the planned change and something else"), abs(off), apart == 0
 
 
-def _units_apart(one: Tensor, other: Tensor) -> int:
+def units_apart(one: Tensor, other: Tensor) -> int:
     """How far apart two tensors of one dtype are: 0 bit for bit, 1 one unit in the last place at most, 2 more."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
     least, worst = torch.iinfo(integer).min, 0

@@ -28,6 +28,7 @@ from .contents import check_files, check_others, places, sha256
 from .errors import CheckpointError, ValidationFailed
 from .manifest import Manifest
 from .originals import FROM_BASE, GROWN, KEPT, BaseFile, Originals
+from .plan import CHECKPOINT
 
 Progress = Callable[[int, int], None]
 
@@ -77,6 +78,10 @@ def steps(folder: Path, *, with_base: bool) -> list[Step]:
         CheckpointError: the manifest does not say how, or the base is needed.
     """
     told = manifest.read(folder)
+    if told.target != CHECKPOINT:
+        raise CheckpointError(
+            f"{folder} goes beside its base, which was never changed: there is nothing to undo, just do not load it"
+        )
     if told.originals.needs_base and not with_base:
         name = next(name for name, way in told.originals.edited.items() if way == FROM_BASE)
         raise CheckpointError(
@@ -114,8 +119,8 @@ def unbake(
     for model in (folder, *([base.folder] if base else [])):
         if out.resolve() == model.resolve() or model.resolve() in out.resolve().parents:
             raise CheckpointError(f"{out} lies in the model's own folder; choose a place outside {model}")
-    told, found = manifest.read(folder), Checkpoint.open(folder)
     planned = steps(folder, with_base=base is not None)
+    told, found = manifest.read(folder), Checkpoint.open(folder)
     require(str(folder), [check_files(folder, None, told.files), check_others(folder, told.files)])
     if base is not None:
         _check_base(base, told.originals)

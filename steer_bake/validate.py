@@ -5,7 +5,10 @@ never imports steer_bake (``reload_worker.py``). Compared over left-padded batch
 
 * **constants** (only biases were written): the file read as float32 against hooks that use the stored, rounded values;
 * **rank-one** (matrices were edited): the same plan written in float32 by the same code, against the exact hooks;
-* **storage**: the published file in its own dtype, at most 1.2 x as far from the float32 hooks as hooks in that dtype.
+* **adapter** (instead of these two): the base read as float32 with the adapter on it, against the exact hooks, loaded
+  through PeftModel, AutoPeftModelForCausalLM and AutoModelForCausalLM;
+* **storage**: the published file in its own dtype, at most 1.2 x as far from the float32 hooks as hooks in that dtype
+  (an adapter: 1.5 x, with experts 2 x).
 
 Beside them: every edited tensor against the plan, the stream's own obedience to ablation and clamp, and the effect, so
 that a bake that changes nothing never passes.
@@ -21,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +32,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import architectures, manifest, reload_worker, streaming
+from . import adapter, architectures, manifest, reload_worker, streaming
+from .adapter import check_adapter
 from .checkpoint import Checkpoint, write_edited
 from .checks import Check, require
 from .comparison import Comparison, Gap, storage_dtype, stream_probes
+from .contents import acted_on
 from .errors import CheckpointError
 from .interventions import Intervention
-from .models import load_tokenizer
+from .models import load_tokenizer, require_peft
 from .plan import Plan, make_plan
 from .tensors import check_tensors
 
@@ -60,6 +65,7 @@ class Report:
     interventions: tuple[Mapping[str, Any], ...]
     prompts: int
     tokens: int
+    files: Mapping[str, str] = field(default_factory=dict)  # sha256 of everything in the folder that loaders act on
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,22 +88,26 @@ def validate(
     decode_tokens: int = 24,
     stream: bool = False,
     prefer: str | None = None,
+    target: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Compare the checkpoint in ``folder`` with ``base_folder`` under hooks, on tokenised prompts ``rows``.
+    """Compare the checkpoint or adapter in ``folder`` with ``base_folder`` under hooks, on tokenised prompts ``rows``.
 
-    Failing checks are in the report, not raised (see :meth:`Report.require`). ``prefer`` is what the plan preferred; by
-    default, what the folder's own ``steering.json`` says. ``stream`` keeps the weights of both on disk
-    (``streaming.py``): the figures are the same, memory holds one tensor of the model at a time, and every pass, one
-    per batch and one per decoded token, reads the whole checkpoint. ``progress`` counts passes.
+    Failing checks are in the report, not raised (see :meth:`Report.require`). ``prefer`` is what the plan preferred
+    and ``target`` what it is for; by default, what the folder's own ``steering.json`` says. ``stream`` keeps the
+    weights of both on disk (``streaming.py``): the figures are the same, memory holds one tensor of the model at a
+    time, and every pass, one per batch and one per decoded token, reads the whole checkpoint. ``progress`` counts
+    passes.
 
     Raises:
         CheckpointError: the base is missing or damaged, or cannot be streamed. (A damaged candidate is a failed check.)
     """
     base = Checkpoint.open(base_folder)
-    plan = make_plan(base, interventions, prefer or manifest.preference(folder))
+    plan = make_plan(base, interventions, prefer or manifest.preference(folder), target or manifest.target(folder))
+    if plan.target == "lora":
+        require_peft()
     layout = architectures.layout(base.config)
-    reason = streaming.why_not(str(base_folder)) if stream else None
+    reason = _why_not_streamed(base, plan) if stream else None
     if reason:
         raise CheckpointError(f"{reason}: leave out --stream, on a machine whose memory holds the model in float32")
     job = {
@@ -112,6 +122,7 @@ def validate(
     along, job["probes"] = stream_probes(plan, layout)
 
     checks = [*_structure(folder, base, plan)]
+    files = acted_on(folder)
     with tempfile.TemporaryDirectory(prefix="steer-bake-validate-") as name:
         scratch = Path(name)
         _check_room(base, plan, sum(map(len, rows)), scratch)
@@ -130,7 +141,7 @@ def validate(
     return Report(
         str(folder), str(base_folder), plan.sha256, all(check.passed for check in checks), tuple(checks),
         comparison.effect.gap(), comparison.legs(), comparison.floor_kl(),
-        tuple(comparison.described(one) for one in plan.interventions), len(rows), sum(map(len, rows)),
+        tuple(comparison.described(one) for one in plan.interventions), len(rows), sum(map(len, rows)), files,
     )  # fmt: skip
 
 
@@ -138,6 +149,9 @@ def validate(
 
 
 def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
+    if plan.target == "lora":
+        yield from _adapter_structure(folder, base, plan)
+        return
     try:
         found = Checkpoint.open(folder)
         elsewhere = manifest.read(folder).computed_elsewhere if manifest.exists(folder) else None
@@ -147,6 +161,15 @@ def _structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
     yield from check_tensors(found, base, plan, elsewhere=elsewhere, fitted=True)
     if plan.rehoused_from:
         yield from _tokenizer(folder, base)
+
+
+def _adapter_structure(folder: Path, base: Checkpoint, plan: Plan) -> Iterator[Check]:
+    try:
+        told = manifest.read(folder)
+    except CheckpointError as error:
+        yield Check("files", False, None, None, str(error))
+        return
+    yield from check_adapter(folder, base, plan, told.base, elsewhere=told.computed_elsewhere)
 
 
 def _tokenizer(folder: Path, base: Checkpoint) -> Iterator[Check]:
@@ -169,6 +192,13 @@ def _tokenizer(folder: Path, base: Checkpoint) -> Iterator[Check]:
 # --- the candidate, in a fresh process
 
 
+def _why_not_streamed(base: Checkpoint, plan: Plan) -> str | None:
+    """Why the comparison cannot leave the weights on disk; None where it can."""
+    if plan.target == "lora":
+        return "PEFT puts an adapter on a model in memory"
+    return streaming.why_not(str(base.folder))
+
+
 def _check_room(base: Checkpoint, plan: Plan, tokens: int, scratch: Path) -> None:
     """Refuse to begin what would fill the disk of ``scratch``: logits, and edited matrices once more in float32."""
     vocabulary = base.config.get("vocab_size")
@@ -184,16 +214,18 @@ def _check_room(base: Checkpoint, plan: Plan, tokens: int, scratch: Path) -> Non
         )
 
 
-def _candidates(folder: Path, base: Checkpoint, plan: Plan, scratch: Path) -> dict[str, tuple[Path, str]]:
-    """Name to (folder, dtype): what is compared in float32, and the published file in its own dtype.
+def _candidates(folder: Path, base: Checkpoint, plan: Plan, scratch: Path) -> dict[str, adapter.Candidate]:
+    """By name what is compared in float32, and the published file in its own dtype.
 
     Biases are compared in float32 from the published file itself; matrices were rounded there, so that the same plan is
     written once more in float32 by the same code (untouched shards are linked).
     """
     storage = storage_dtype(base)
-    found = {"float32": (folder, "float32")}
+    if plan.target == "lora":
+        return adapter.candidates(folder, base, storage, scratch)
+    found = {"float32": {"folder": str(folder), "dtype": "float32"}}
     if storage != "float32":
-        found["storage"] = (folder, storage)
+        found["storage"] = {"folder": str(folder), "dtype": storage}
         if not plan.is_constant:
             exact = scratch / "exact"
             exact.mkdir()
@@ -206,7 +238,7 @@ def _candidates(folder: Path, base: Checkpoint, plan: Plan, scratch: Path) -> di
                 drop=plan.dropped,
                 dtype="F32",
             )
-            found["float32"] = (exact, "float32")
+            found["float32"]["folder"] = str(exact)
     return found
 
 
@@ -218,6 +250,8 @@ class _Passes:
     ) -> None:
         batches, sides = len(job["batches"]), 2 * len(candidates)  # every candidate has its hooks beside it
         whole = job["decode_tokens"] + bool(job["probes"])
+        if plan.target == "lora":  # loaded in two more ways, with the hooks that the first one has
+            sides -= 2
         self._total = (sides + 1 + plan.is_constant) * batches + 2 * whole
         self._done = 0
         self._progress = progress or (lambda _done, _total: None)
@@ -251,11 +285,11 @@ class _Passes:
 
 
 def _run_worker(
-    candidates: Mapping[str, tuple[Path, str]], job: Mapping[str, Any], along: Tensor, scratch: Path, passes: _Passes
+    candidates: Mapping[str, adapter.Candidate], job: Mapping[str, Any], along: Tensor, scratch: Path, passes: _Passes
 ) -> dict[str, list[str]]:
     """Keys that did not load, by candidate. What the candidates computed lies in ``scratch`` afterwards."""
     save_file({"along": along}, scratch / "along.safetensors")
-    listed = [{"name": name, "folder": str(path), "dtype": dtype} for name, (path, dtype) in candidates.items()]
+    listed = [{"name": name, **candidate} for name, candidate in candidates.items()]
     whole = {**job, "candidates": listed, "out": str(scratch), "along": str(scratch / "along.safetensors")}
     (scratch / "job.json").write_text(json.dumps(whole))
     command = [sys.executable, reload_worker.__file__, str(scratch / "job.json")]
@@ -275,6 +309,7 @@ def _run_worker(
         )
     if done.returncode:
         reason = (stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        return {name: [f"plain transformers cannot load or run it: {reason}"] for name in candidates}
+        loaders = "PEFT" if any("adapter" in one for one in candidates.values()) else "plain transformers"
+        return {name: [f"{loaders} cannot load or run it: {reason}"] for name in candidates}
     problems: dict[str, list[str]] = json.loads((scratch / "problems.json").read_text())
     return problems

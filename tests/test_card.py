@@ -81,7 +81,7 @@ def test_the_metadata_is_what_the_hub_reads(baked: Path) -> None:
 
 def test_every_table_has_a_head_and_rows_of_its_width(baked: Path) -> None:
     found = tables(render(baked, REPORT, evaluation()))
-    assert len(found) == 3
+    assert len(found) == 4
     for head, rule, *rows in found:
         assert set(rule) == {"---"}
         assert rows

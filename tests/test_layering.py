@@ -11,8 +11,9 @@ import pytest
 
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
-    ("errors", "registry", "reload_worker", "runtimes", "streaming"),
+    ("errors", "llamacpp_worker", "registry", "reload_worker", "runtimes", "streaming"),
     ("affine", "checks", "sites"),
+    ("interchange",),
     (
         "answering",
         "direction",
@@ -25,18 +26,22 @@ LAYERS = (
         "workspace",
     ),
     ("architectures", "interventions", "estimators", "judges"),
-    ("confidence", "depth", "representations"),
+    ("confidence", "depth", "wrapping"),
+    ("representations",),
     ("draft", "houses"),
     ("proof",),
     ("activations", "steering", "plan", "recipe"),
     ("explain", "originals"),
-    ("manifest", "contents", "tensors"),
+    ("manifest", "contents", "tensors", "control"),
+    ("adapter",),
     ("targets", "audit"),
     ("comparison", "unbake"),
     ("validate", "evaluate"),
+    ("llamacpp",),
     ("agreement", "behaviour"),
-    ("baked",),
+    ("baked", "safety"),
     ("card",),
+    ("hub",),
     ("job",),
     ("pipeline",),
     ("display",),
@@ -45,7 +50,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 #: Run by path in a fresh process that must not know steer_bake.
-STANDALONE = ("reload_worker", "streaming")
+STANDALONE = ("llamacpp_worker", "reload_worker", "streaming")
 #: Data folders without code.
 DATA = ("prompt_sets",)
 

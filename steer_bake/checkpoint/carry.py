@@ -8,13 +8,16 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .folder import CONFIG
 
-#: Files that somebody who loads the model needs, or that its licence wants passed on.
+#: Files that the licence of a model wants passed on.
+LICENCES = ("LICEN[CS]E*", "COPYING*", "NOTICE*", "*USE_POLICY*", "*[Ll]icense*")
+#: Files that somebody who loads the model needs, and those.
 CARRIED = (
     "tokenizer*",
     "*.jinja",
@@ -29,11 +32,7 @@ CARRIED = (
     "added_tokens.json",
     "*processor_config.json",
     "processor_config.json",
-    "LICEN[CS]E*",
-    "COPYING*",
-    "NOTICE*",
-    "*USE_POLICY*",
-    "*[Ll]icense*",
+    *LICENCES,
 )
 #: Never, whatever the list above says: other copies of the weights, and what an earlier bake said about its own result.
 LEFT_BEHIND = (
@@ -102,14 +101,14 @@ def lfs_sha256(path: Path) -> str | None:
     return blob.name if blob.parent.name == "blobs" and _LFS_BLOB.fullmatch(blob.name) else None
 
 
-def carry(source: Path, target: Path) -> list[FileRecord]:
+def carry(source: Path, target: Path, patterns: Sequence[str] = CARRIED) -> list[FileRecord]:
     """Copy what goes along with the weights. Copied, not linked: people edit these files."""
     records = []
     for path in sorted(source.iterdir()):
-        if path.is_file() and goes_along(path.name):
+        if path.is_file() and goes_along(path.name, patterns):
             records.append(_written(target / path.name, path.read_bytes(), "copied", lfs_sha256(path)))
     templates = source / "additional_chat_templates"
-    if templates.is_dir():
+    if templates.is_dir() and patterns is CARRIED:
         (target / templates.name).mkdir()
         for path in sorted(templates.glob("*.jinja")):
             record = _written(target / templates.name / path.name, path.read_bytes(), "copied", lfs_sha256(path))
@@ -117,11 +116,11 @@ def carry(source: Path, target: Path) -> list[FileRecord]:
     return records
 
 
-def goes_along(name: str) -> bool:
+def goes_along(name: str, patterns: Sequence[str] = CARRIED) -> bool:
     """True for the files of a base that :func:`carry` copies."""
     if name == CONFIG or any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_BEHIND):
         return False
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in CARRIED)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> FileRecord:

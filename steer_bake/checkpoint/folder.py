@@ -7,8 +7,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Checkpoint:
     headers: dict[str, Header]  # by file
     index_metadata: dict[str, Any]  # of the index; empty for a one-file checkpoint
     remote: RemoteFiles | None = None  # where the safetensors files are, if not in the folder
+    away: Mapping[str, str] = field(default_factory=dict)  # files that are the base's own and only there -> its name
 
     @classmethod
     def open(
@@ -85,11 +86,29 @@ class Checkpoint:
                 if file not in remote.sizes:
                     raise CheckpointError(f"{file} is missing in {remote.name}, though its index names it; use another")
             headers = remote.headers(files, progress)
-        tensors = _tensors(folder, headers)
-        for name, file in weight_map.items():
-            if name not in tensors or tensors[name].file != file:
-                raise CheckpointError(f"{folder / INDEX}: tensor {name!r} is not in {file!r}; download both again")
-        return cls(folder, config, tensors, files, headers, metadata, remote)
+        return cls(folder, config, _checked_tensors(folder, headers, weight_map), files, headers, metadata, remote)
+
+    @classmethod
+    def open_beside(cls, folder: Path, base: Checkpoint, away: Mapping[str, str]) -> Checkpoint:
+        """A folder some of whose files are only in ``base``: of those (``away``: name here -> name there) the headers
+        are the base's. Everything else is checked as by :meth:`open`.
+
+        Raises:
+            CheckpointError: something is missing, damaged or unsafe; the message names the file.
+        """
+        config = _read_json(folder, CONFIG)
+        weight_map, metadata = _index(folder)
+        files = tuple(sorted(set(weight_map.values())))
+        headers = {}
+        for file in files:
+            if file in away and away[file] in base.headers:
+                theirs = base.headers[away[file]]
+                headers[file] = replace(theirs, tensors=tuple(replace(one, file=file) for one in theirs.tensors))
+            else:
+                headers[file] = _header(folder, file)
+        return cls(
+            folder, config, _checked_tensors(folder, headers, weight_map), files, headers, metadata, away=dict(away)
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -216,6 +235,17 @@ def _tensors(folder: Path, headers: dict[str, Header]) -> dict[str, TensorInfo]:
                 raise CheckpointError(f"{folder}: tensor {info.name!r} is in both {both}; save the checkpoint again")
             found[info.name] = info
     return found
+
+
+def _checked_tensors(
+    folder: Path, headers: dict[str, Header], weight_map: Mapping[str, str]
+) -> dict[str, TensorInfo]:  # fmt: skip
+    """The tensors of all files, each where the index says."""
+    tensors = _tensors(folder, headers)
+    for name, file in weight_map.items():
+        if name not in tensors or tensors[name].file != file:
+            raise CheckpointError(f"{folder / INDEX}: tensor {name!r} is not in {file!r}; download both again")
+    return tensors
 
 
 def _is_there(folder: Path, file: str, remote: RemoteFiles | None) -> bool:

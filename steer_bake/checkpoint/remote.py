@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import re
 import time
@@ -194,20 +195,20 @@ def patiently(call: Callable[[], _Result], *hopeless: type[Exception]) -> _Resul
         try:
             return call()
         except Exception as error:  # the hub client wraps the errors of its network library in a dozen types
-            wait = None if isinstance(error, hopeless) else _wait(error, pause)
+            wait = None if goes_back_to(error, *hopeless) else pause_after(error, pause)
             if wait is None:
                 raise
         time.sleep(wait)
     return call()
 
 
-def _wait(error: BaseException | None, pause: float) -> float | None:
-    """Seconds to wait before another try; None where the error will not pass, or not soon."""
+def pause_after(error: BaseException | None, pause: float) -> float | None:
+    """Seconds to wait before another try, ``pause`` unless the server says; None where it is of no use, or not soon."""
     while error is not None:
         if isinstance(error, HfHubHTTPError):
             if error.response.status_code not in _TRANSIENT:
                 return None
-            asked = _asked(error.response.headers)
+            asked = asked_pause(error.response.headers)
             return pause if asked is None else asked if asked <= PATIENCE else None
         if isinstance(error, httpx2.TransportError):
             return pause
@@ -215,7 +216,24 @@ def _wait(error: BaseException | None, pause: float) -> float | None:
     return None
 
 
-def _asked(headers: httpx2.Headers) -> float | None:
+def goes_back_to(error: BaseException | None, *kinds: type[BaseException]) -> BaseException | None:
+    """The first exception of one of ``kinds`` on the way to the cause of ``error``."""
+    while error is not None and not isinstance(error, kinds):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception goes back to a file that could not grow."""
+    found: BaseException | None = error
+    while found := goes_back_to(found, OSError):
+        if isinstance(found, OSError) and found.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        found = found.__cause__ or found.__context__
+    return False
+
+
+def asked_pause(headers: httpx2.Headers) -> float | None:
     """The pause that a server asks for."""
     limit = parse_ratelimit_headers(headers)
     if limit is not None and limit.remaining == 0:

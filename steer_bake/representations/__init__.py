@@ -2,6 +2,8 @@
 
 ``<name>(piece: Piece, base: Base) -> Holding | None``: what holds the piece, ``None`` where this representation is not
 for such a piece, or :class:`NotFoldable` with the reason where it is but the model has no room.
+
+``TARGETS`` in such a file names the targets that it is for; most are for ``checkpoint`` alone and do not say so.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ..errors import NotFoldable
 from . import Base, Holding, Piece
 
+TARGETS = ("checkpoint", "lora")
+
 
 def rank_one(piece: Piece, base: Base) -> Holding | None:
     writer = piece.writer

@@ -1,4 +1,7 @@
-"""``python -m tests.hub --root DIR [--port N]``: serve ``DIR/org/name/`` as repositories until stopped."""
+"""``python -m tests.hub --root DIR [--port N]``: serve ``DIR/org/name/`` as repositories until stopped.
+
+The first line says how to talk to it: ``HF_ENDPOINT=... HF_TOKEN=...``; that token may write to ``--namespace``.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,23 @@ import sys
 import time
 from pathlib import Path
 
-from . import LocalHub
+from . import LocalHub, User
+from .client import TOKEN
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--namespace", default="local", help="the user that the printed token belongs to")
+    parser.add_argument("--xet", action="store_true", help="take Xet uploads (needs hf_xet)")
     given = parser.parse_args()
-    with LocalHub(given.root, given.port) as hub:
-        sys.stdout.write(f"HF_ENDPOINT={hub.url} HF_HUB_DISABLE_XET=1\n")
+    given.root.mkdir(parents=True, exist_ok=True)
+    orgs = tuple(path.name for path in given.root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    with LocalHub(given.root.resolve(), given.port, xet=given.xet) as hub:
+        hub.users[TOKEN] = User(given.namespace, orgs=orgs)
+        leg = "" if given.xet else " HF_HUB_DISABLE_XET=1"
+        sys.stdout.write(f"HF_ENDPOINT={hub.url} HF_TOKEN={TOKEN} HF_HUB_DISABLE_TELEMETRY=1{leg}\n")
         sys.stdout.flush()
         try:
             while True:
