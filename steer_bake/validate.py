@@ -5,7 +5,8 @@ never imports steer_bake (``reload_worker.py``). Compared over left-padded batch
 
 * **constants** (only biases were written): the file read as float32 against hooks that use the stored, rounded values;
 * **rank-one** (matrices were edited): the same plan written in float32 by the same code, against the exact hooks;
-* **storage**: the published file in its own dtype, at most 1.2 x as far from the float32 hooks as hooks in that dtype.
+* **storage**: the published file in its own dtype, at most 1.2 x as far from the float32 hooks as hooks in that dtype
+  (medians over three draws of the rounding noise, and what so few tokens leave open).
 
 Beside them: every edited tensor against the plan, the stream's own obedience to ablation and clamp, and the effect, so
 that a bake that changes nothing never passes.
@@ -32,7 +33,7 @@ from torch import Tensor
 from . import architectures, manifest, reload_worker, streaming
 from .checkpoint import Checkpoint, write_edited
 from .checks import Check, require
-from .comparison import Comparison, Gap, storage_dtype, stream_probes
+from .comparison import DRAWS, Comparison, Gap, storage_dtype, stream_probes
 from .errors import CheckpointError
 from .interventions import Intervention
 from .models import load_tokenizer
@@ -107,6 +108,7 @@ def validate(
         "pad_id": pad_id,
         "device": device,
         "stream": stream,
+        "draws": DRAWS,
         "threads": torch.get_num_threads(),
     }
     along, job["probes"] = stream_probes(plan, layout)
@@ -173,7 +175,7 @@ def _check_room(base: Checkpoint, plan: Plan, tokens: int, scratch: Path) -> Non
     """Refuse to begin what would fill the disk of ``scratch``: logits, and edited matrices once more in float32."""
     vocabulary = base.config.get("vocab_size")
     logits = 4 * tokens * vocabulary if isinstance(vocabulary, int) else 0
-    needed = (1 if storage_dtype(base) == "float32" else 3) * logits
+    needed = (1 if storage_dtype(base) == "float32" else 2 + DRAWS) * logits
     if storage_dtype(base) != "float32" and not plan.is_constant:
         needed += sum(4 * math.prod(edit.shape) for edit in plan.edits)
     free = shutil.disk_usage(scratch).free
@@ -210,7 +212,8 @@ class _Passes:
     ) -> None:
         batches, sides = len(job["batches"]), 2 * len(candidates)  # every candidate has its hooks beside it
         whole = job["decode_tokens"] + bool(job["probes"])
-        self._total = (sides + 1 + plan.is_constant) * batches + 2 * whole
+        redrawn = 2 * (DRAWS - 1) * ("storage" in candidates)
+        self._total = (sides + 1 + plan.is_constant + redrawn) * batches + 2 * whole
         self._done = 0
         self._progress = progress or (lambda _done, _total: None)
         self._progress(0, self._total)
