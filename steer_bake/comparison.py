@@ -39,6 +39,10 @@ NOISE_MARGIN = 1.2
 #: Of adapters: their product joins an output that was rounded before, while a hook sees what rounding did. And to
 #: stacked experts PEFT adds it in their own dtype, rounded to nearest.
 ADAPTER_MARGIN, EXPERTS_MARGIN = 1.5, 2.0
+#: Of the rounding noise: how it falls out is a property of the whole model, in one of five draws or so twice as much as
+#: in the others, however many tokens are read. Medians over so many are compared.
+DRAWS = 3
+SAMPLING_ERRORS = 2.0  # standard errors of the two mean divergences, of storage dtype and of the noise floor
 STREAM_TOLERANCE = 1e-5
 ROWS_AT_ONCE = 64  # a difference of logits takes several times their memory
 APPROXIMATE_SHARE = 0.25  # an approximation's max logit gap to the hooks, of the gap that the hooks make
@@ -67,6 +71,7 @@ class Distance:
 
     greatest: float = 0.0
     kl: float = 0.0
+    kl_squares: float = 0.0
     same: int = 0
     tokens: int = 0
     numbers: int = 0
@@ -89,7 +94,9 @@ class Distance:
         self.total += float(reference.sum(dtype=torch.float64))
         self.squares += float(reference.square().sum(dtype=torch.float64))
         p, q = reference.log_softmax(-1), other.log_softmax(-1)
-        self.kl += float((p.exp() * (p - q)).sum(dtype=torch.float64))
+        each = (p.exp() * (p - q)).sum(-1, dtype=torch.float64)
+        self.kl += float(each.sum())
+        self.kl_squares += float(each.square().sum())
 
     def compare_decoding(self, reference: Tensor, other: Tensor) -> None:
         """Greedy tokens, both [batch, tokens]: where do they part?"""
@@ -99,6 +106,11 @@ class Distance:
             self.first_divergence = int(differs[0])
         elif reference.shape != other.shape:
             self.first_divergence = width
+
+    def kl_error(self) -> float:
+        """Standard error of the mean KL over these tokens."""
+        mean = self.kl / self.tokens
+        return (max(0.0, self.kl_squares / self.tokens - mean**2) / self.tokens) ** 0.5
 
     def gap(self) -> Gap:
         std = (self.squares / self.numbers - (self.total / self.numbers) ** 2) ** 0.5
@@ -121,8 +133,8 @@ class Comparison:
     advance: Callable[[], object] = lambda: None  # called for every pass over the model
     effect: Distance = field(default_factory=Distance)  # base to hooks
     exact: Distance = field(default_factory=Distance)  # hooks to the candidate, float32
-    storage: Distance = field(default_factory=Distance)  # float32 hooks to the published file in its own dtype
-    floor: Distance = field(default_factory=Distance)  # float32 hooks to hooks in that dtype
+    storage: list[Distance] = field(default_factory=lambda: _draws())  # float32 hooks to the file in its own dtype
+    floor: list[Distance] = field(default_factory=lambda: _draws())  # float32 hooks to hooks in that dtype
     routes: dict[str, Distance] = field(default_factory=dict)  # hooks to an adapter loaded in other ways, float32
     readings: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)  # mean |h| of the base where something is added
@@ -135,9 +147,11 @@ class Comparison:
             self._float32(model)
         if "storage" in self.loaded:
             with self._model(storage_dtype(self.base)) as model, steer(model, self.plan.interventions):
-                for index, rows in enumerate(self.job["batches"]):
-                    hooked = load_file(self.scratch / f"hooked.{index}.safetensors")["logits"]
-                    self.floor.update(hooked, reload_worker.logits(model, rows, self.job["pad_id"]))
+                for draw, floor in enumerate(self.floor):
+                    with reload_worker.nudged(model, draw):
+                        for index, rows in enumerate(self.job["batches"]):
+                            hooked = load_file(self.scratch / f"hooked.{index}.safetensors")["logits"]
+                            floor.update(hooked, reload_worker.logits(model, rows, self.job["pad_id"]))
 
     def _float32(self, model: PreTrainedModel) -> None:
         hooks = list(self.plan.interventions)
@@ -155,7 +169,8 @@ class Comparison:
             for route in sorted(self.loaded - {"float32", "storage"}):
                 self.routes.setdefault(route, Distance()).update(hooked, self._candidate(route, index))
             if "storage" in self.loaded:
-                self.storage.update(hooked, self._candidate("storage", index))
+                for draw, storage in enumerate(self.storage):
+                    storage.update(hooked, self._candidate("storage", index, draw))
                 save_file({"logits": hooked}, self.scratch / f"hooked.{index}.safetensors")
         if "float32" not in self.loaded:
             return
@@ -168,8 +183,8 @@ class Comparison:
                 self.readings["reloaded, float32"] = found["readings"]
         self.exact.compare_decoding(decoded, found["greedy"])
 
-    def _candidate(self, name: str, index: int) -> Tensor:
-        return load_file(self.scratch / f"{name}.{index}.safetensors")["logits"]
+    def _candidate(self, name: str, index: int, draw: int = 0) -> Tensor:
+        return load_file(self.scratch / f"{name}.{index}{f'.{draw}' if draw else ''}.safetensors")["logits"]
 
     @contextmanager
     def _model(self, dtype: str) -> Iterator[PreTrainedModel]:
@@ -234,10 +249,10 @@ class Comparison:
     def legs(self) -> dict[str, Gap]:
         found = {self._exact_leg: self.exact.gap()} if "float32" in self.loaded else {}
         found |= {route: distance.gap() for route, distance in self.routes.items()}
-        return found | ({"storage": self.storage.gap()} if "storage" in self.loaded else {})
+        return found | ({"storage": _middle(self.storage).gap()} if "storage" in self.loaded else {})
 
     def floor_kl(self) -> float | None:
-        return self.floor.gap().kl if "storage" in self.loaded else None
+        return _middle(self.floor).gap().kl if "storage" in self.loaded else None
 
     def checks(self) -> Iterator[Check]:
         if "float32" in self.loaded:
@@ -288,16 +303,29 @@ class Comparison:
         )  # fmt: skip
 
     def _rounding(self) -> Check:
-        kl, floor = self.storage.gap().kl, self.floor.gap().kl
+        stored, hooked = _middle(self.storage), _middle(self.floor)
+        kl, floor = stored.gap().kl, hooked.gap().kl
         known = self.exact.gap().kl if self.plan.is_approximate and "float32" in self.loaded else 0.0
         # Small divergences are squared distances: two that are independent of each other add up under the root at most.
-        limit = self._margin * (floor**0.5 + known**0.5) ** 2
-        besides = f", approximation {known:.2e}" if known else ""
-        besides += f" (ratio {self._margin * kl / limit:.2f})" if limit else ""
+        # A few tokens make most of either mean: what so many tokens leave open is no sign of anything.
+        open_still = SAMPLING_ERRORS * math.hypot(stored.kl_error(), self._margin * hooked.kl_error())
+        limit = self._margin * (floor**0.5 + known**0.5) ** 2 + open_still
+        besides = f" (ratio {kl / floor:.2f})" if floor else ""
+        besides += f", approximation {known:.2e}" if known else ""
+        besides += f", sampling error {open_still:.1e}"
         return Check(
             "function, storage dtype", kl <= limit, kl, limit,
-            f"KL(hooks || file) {kl:.2e}, noise floor {floor:.2e}{besides}",
+            f"KL(hooks || file) {kl:.2e}, noise floor {floor:.2e}{besides}, medians of {DRAWS} draws",
         )  # fmt: skip
+
+
+def _draws() -> list[Distance]:
+    return [Distance() for _ in range(DRAWS)]
+
+
+def _middle(draws: list[Distance]) -> Distance:
+    """The draw with the median KL."""
+    return sorted(draws, key=lambda one: one.kl)[len(draws) // 2]
 
 
 def _decoding(gap: Gap) -> str:

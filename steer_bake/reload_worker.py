@@ -10,8 +10,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,6 +125,24 @@ def logits(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int) -
     return out[mask.bool()].float().cpu()
 
 
+@contextmanager
+def nudged(model: PreTrainedModel, draw: int) -> Iterator[None]:
+    """Another draw of the rounding noise: every number of the embedding's output moves by up to half a unit in its
+    last place. Draw 0 is the model as it is."""
+
+    def nudge(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        random = torch.rand(output.shape, generator=source).to(output.device) - 0.5
+        return (output.float() * (1 + torch.finfo(output.dtype).eps * random)).to(output.dtype)
+
+    source = torch.Generator().manual_seed(draw)
+    handle = model.get_input_embeddings().register_forward_hook(nudge) if draw else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, tokens: int) -> Tensor:
     """Cached greedy decoding of one left-padded batch, [batch, <= tokens] ids, padded with ``pad_id`` after the end."""
@@ -185,10 +203,16 @@ def _module(model: PreTrainedModel, path: str) -> nn.Module:
     raise AttributeError(f"the model has no module {path}")
 
 
-def measure(model: PreTrainedModel, job: dict[str, Any], along: Tensor, out: Path, *, whole: bool) -> None:
-    """Write ``<out>.<batch>.safetensors`` with each batch's logits; ``whole``: decoding and readings too."""
-    for index, rows in enumerate(job["batches"]):
-        save_file({"logits": logits(model, rows, job["pad_id"])}, f"{out}.{index}.safetensors")
+def measure(
+    model: PreTrainedModel, job: dict[str, Any], along: Tensor, out: Path, *, whole: bool, draws: int = 1
+) -> None:
+    """Write ``<out>.<batch>.safetensors`` with each batch's logits, ``<out>.<batch>.<draw>.safetensors`` with those of
+    further draws; ``whole``: decoding and readings too."""
+    for draw in range(draws):
+        with nudged(model, draw):
+            for index, rows in enumerate(job["batches"]):
+                found = {"logits": logits(model, rows, job["pad_id"])}
+                save_file(found, f"{out}.{index}{f'.{draw}' if draw else ''}.safetensors")
     if whole:
         rest = {"greedy": greedy(model, job["decode"], job["pad_id"], job["decode_tokens"])}
         if job["probes"]:
@@ -214,7 +238,8 @@ def main(job_file: str) -> None:
                 model, problems[name] = load_strict(candidate["folder"], dtype, job["device"], stream=job["stream"])
             if not problems[name]:
                 count_passes(model, lambda: passes.write(b"."))  # a byte for each: the file's length is the count
-                measure(model, job, along, out / name, whole=whole)
+                draws = job["draws"] if name == "storage" else 1
+                measure(model, job, along, out / name, whole=whole, draws=draws)
             del model
     if "steer_bake" in sys.modules:
         raise SystemExit("steer_bake was imported; the process is not plain transformers")

@@ -8,7 +8,8 @@ never imports steer_bake (``reload_worker.py``). Compared over left-padded batch
 * **adapter** (instead of these two): the base read as float32 with the adapter on it, against the exact hooks, loaded
   through PeftModel, AutoPeftModelForCausalLM and AutoModelForCausalLM;
 * **storage**: the published file in its own dtype, at most 1.2 x as far from the float32 hooks as hooks in that dtype
-  (an adapter: 1.5 x, with experts 2 x).
+  (an adapter: 1.5 x, with experts 2 x; medians over three draws of the rounding noise, and what so few tokens leave
+  open).
 
 Beside them: every edited tensor against the plan, the stream's own obedience to ablation and clamp, and the effect, so
 that a bake that changes nothing never passes.
@@ -36,7 +37,7 @@ from . import adapter, architectures, manifest, reload_worker, streaming
 from .adapter import check_adapter
 from .checkpoint import Checkpoint, write_edited
 from .checks import Check, require
-from .comparison import Comparison, Gap, storage_dtype, stream_probes
+from .comparison import DRAWS, Comparison, Gap, storage_dtype, stream_probes
 from .contents import acted_on
 from .errors import CheckpointError
 from .interventions import Intervention
@@ -117,6 +118,7 @@ def validate(
         "pad_id": pad_id,
         "device": device,
         "stream": stream,
+        "draws": DRAWS,
         "threads": torch.get_num_threads(),
     }
     along, job["probes"] = stream_probes(plan, layout)
@@ -203,7 +205,7 @@ def _check_room(base: Checkpoint, plan: Plan, tokens: int, scratch: Path) -> Non
     """Refuse to begin what would fill the disk of ``scratch``: logits, and edited matrices once more in float32."""
     vocabulary = base.config.get("vocab_size")
     logits = 4 * tokens * vocabulary if isinstance(vocabulary, int) else 0
-    needed = (1 if storage_dtype(base) == "float32" else 3) * logits
+    needed = (1 if storage_dtype(base) == "float32" else 2 + DRAWS) * logits
     if storage_dtype(base) != "float32" and not plan.is_constant:
         needed += sum(4 * math.prod(edit.shape) for edit in plan.edits)
     free = shutil.disk_usage(scratch).free
@@ -252,7 +254,8 @@ class _Passes:
         whole = job["decode_tokens"] + bool(job["probes"])
         if plan.target == "lora":  # loaded in two more ways, with the hooks that the first one has
             sides -= 2
-        self._total = (sides + 1 + plan.is_constant) * batches + 2 * whole
+        redrawn = 2 * (DRAWS - 1) * ("storage" in candidates)
+        self._total = (sides + 1 + plan.is_constant + redrawn) * batches + 2 * whole
         self._done = 0
         self._progress = progress or (lambda _done, _total: None)
         self._progress(0, self._total)
