@@ -585,18 +585,47 @@ def test_sinks_of_an_inserted_layer_weigh_nothing_either(tmp_path: Path) -> None
     assert all(torch.equal(edits[name].affine.shift, torch.full((4,), -1e4)) for name in sinks)
 
 
-def test_a_layer_inserted_into_the_other_class_adds_its_vector_too(tmp_path: Path) -> None:
-    overrides = {"sliding_window": WINDOW, "intermediate_size": zoo.WIDTH, "tie_word_embeddings": True}
-    model = zoo.save("mistral", tmp_path / "base", **overrides)
-    wanted = [adding("resid_pre.0", 0.5), adding("resid_post.2", 3.0, 5)]
+@pytest.mark.parametrize(
+    ("model_type", "window", "host"), [("mistral", WINDOW, "granite_swa"), ("phi3", None, "llama")]
+)
+@pytest.mark.parametrize("site", ["resid_post.2", "resid_mid.2"])
+def test_a_layer_inserted_into_the_other_class_adds_its_vector_too(
+    model_type: str, window: int | None, host: str, site: str, tmp_path: Path
+) -> None:
+    overrides = {"sliding_window": window, "intermediate_size": zoo.WIDTH, "tie_word_embeddings": True}
+    model = zoo.save(model_type, tmp_path / "base", **overrides)
+    wanted = [adding("resid_pre.0", 0.5), adding(site, 3.0, 5)]
     plan = make_plan(Checkpoint.open(tmp_path / "base"), wanted, "bit_exact")
-    assert plan.model_type == "granite_swa"
+    assert plan.model_type == host
     assert plan.moved
     baked = load(bake(tmp_path / "base", tmp_path / "out", wanted, "bit_exact"))
     tokens = zoo.ids(20, batch=2)
     with steer(model, wanted):
         hooked = logits(model, tokens)
     assert (hooked - logits(baked, tokens)).abs().max() / hooked.std() <= CONSTANTS_TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["helium", "gemma in llama"])
+def test_a_split_layer_takes_its_tensors_along_in_their_new_order(case: str, tmp_path: Path) -> None:
+    model_type, overrides, host = CASES[case]
+    model = zoo.save(model_type, tmp_path / "base", **overrides)
+    base, wanted = Checkpoint.open(tmp_path / "base"), [adding("resid_mid.1", 3.0, 5)]
+    claim = housed(base, registry.load("houses", host))
+    plan = make_plan(claim.base, wanted, "bit_exact")
+    assert plan.moved
+    (tmp_path / "out").mkdir()
+    write_edited(
+        base,
+        claim.edits(plan.edits, plan.rename),
+        tmp_path / "out",
+        config_changes={**claim.config_changes, **plan.config_changes},
+        rename=claim.rename(plan.rename),
+        drop=claim.dropped,
+    )
+    tokens = zoo.ids(20, batch=2)
+    with steer(model, wanted):
+        hooked = logits(model, tokens)
+    assert (hooked - logits(load(tmp_path / "out"), tokens)).abs().max() / hooked.std() <= CONSTANTS_TOLERANCE
 
 
 def test_a_class_that_does_not_run_is_refused(tmp_path: Path) -> None:
