@@ -159,8 +159,7 @@ def test_a_killed_run_has_kept_its_replies(ask: Asked, server: ChatServer) -> No
         " concurrency=2)"
     )
     child = subprocess.Popen([sys.executable, "-c", program, server.url, str(ask.folder)])
-    deadline = time.monotonic() + 60
-    while len(list(ask.folder.rglob("*.json"))) < 6 and time.monotonic() < deadline:
+    while len(list(ask.folder.rglob("*.json"))) < 6 and child.poll() is None:  # it takes a while to import torch
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()
