@@ -152,7 +152,7 @@ def test_what_broke_off_goes_on_where_it_was(ask: Asked, server: ChatServer) -> 
 
 
 def test_a_killed_run_has_kept_its_replies(ask: Asked, server: ChatServer) -> None:
-    server.always = lambda answer: Fault(delay=0.15)
+    server.always = lambda answer: Fault(delay=600) if len(server.requests) > 10 else None
     program = (
         "import sys; from steer_bake.judges.llm import llm\n"
         "llm([f'Number {n} is known.' for n in range(40)], model='m', endpoint=sys.argv[1], cache=sys.argv[2],"
