@@ -23,12 +23,12 @@ from .affine import Affine
 from .checkpoint import Checkpoint, Edit
 from .checks import Check, listed
 from .errors import NotFoldable
-from .models import ADAPTER_CONFIG as CONFIG
+from .models import ADAPTER_CONFIG
 from .plan import Plan
 from .tensors import units_apart
 from .wrapping import Place, places
 
-WEIGHTS = "adapter_model.safetensors"
+CONFIG, WEIGHTS = ADAPTER_CONFIG, "adapter_model.safetensors"
 #: What PEFT puts before the class's own names.
 PREFIX = "base_model.model."
 
@@ -105,7 +105,7 @@ def tensors(plan: Plan, base: Checkpoint, advance: Advance = lambda _: None) -> 
     found = parts(plan, base)
     rank = max(part.rank for part in found)
     biased = any(part.bias is not None for part in found)
-    out = {}
+    out: dict[str, Tensor] = {}
     for part in found:
         a, b = _factors(part, base, rank, advance)
         name = _stored_name(part.place, [one.place for one in found])

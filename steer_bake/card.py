@@ -65,6 +65,7 @@ class Publication:
     licence: Mapping[str, Any] = field(default_factory=dict)  # license, license_name, license_link, language
     acknowledged: str | None = None  # why it is published although refusals fell or were not measured
     audit: Mapping[str, Any] | None = None  # of a publication whose certificate is of the bytes only
+    reduced: bool = False  # it refuses fewer harmful requests than its base
 
 
 def render(
@@ -93,9 +94,9 @@ def render(
         if missing:
             raise RecipeError(f"the {what} of {folder} has no {missing[0]!r}: give the file that steer-bake wrote")
     if report is not None:
-        _belongs(found, report, f"report of {folder}")
+        check_belongs(found, report, f"report of {folder}")
     if evaluation is not None:
-        _belongs(found, evaluation, f"evaluation of {folder}")
+        check_belongs(found, evaluation, f"evaluation of {folder}")
     path = template or templates() / TEMPLATES.get(found.target, "checkpoint.md")
     environment = Environment(
         loader=ChoiceLoader([FileSystemLoader(path.parent), FileSystemLoader(templates())]),
@@ -176,10 +177,12 @@ def problem(text: str, publication: Publication) -> str:
     if not isinstance(fields, dict):
         return "has no metadata between two lines of '---'; steer-bake card --dry-run shows what belongs there"
     for name, value in publication.licence.items():
-        if fields.get(name) != value:
+        if name.startswith("license") and fields.get(name) != value:
             return f"says {name}: {fields.get(name)!r}, and the base has {value!r}; put that there"
     if publication.acknowledged is not None and publication.acknowledged not in text:
         return f"does not say why the safety change is acknowledged; add this line: {publication.acknowledged}"
+    if publication.reduced and NOT_FOR_ALL not in (fields.get("tags") or []):
+        return f"lacks the tag {NOT_FOR_ALL!r}, though the model refuses fewer harmful requests than its base; add it"
     if publication.audit is not None and "base plus" not in text:
         return "does not say that only its bytes are certified ('base plus plan'); add that, or let the card be made"
     return ""
@@ -190,7 +193,8 @@ def loading_code(place: str | Path, target: str) -> str:
     return (ADAPTER_CODE if target == "lora" else LOADING_CODE).format(path=str(place))
 
 
-def _belongs(found: manifest.Manifest, measured: Mapping[str, Any], what: str) -> None:
+def check_belongs(found: Manifest, measured: Mapping[str, Any], what: str) -> None:
+    """Refuse a report or an evaluation that was made for another plan (raises RecipeError)."""
     if measured.get("plan_sha256") != found.content["plan_sha256"]:
         raise RecipeError(f"the {what} was made for another plan than the folder holds: validate or run this one again")
 
@@ -209,7 +213,7 @@ def _harmful_fell(measured: Mapping[str, Any]) -> Literal["clearly", "perhaps"] 
     return None
 
 
-def _adapter(found: manifest.Manifest) -> Mapping[str, Any]:
+def _adapter(found: Manifest) -> Mapping[str, Any]:
     """What the card of an adapter says of merging and of who loads it."""
     edits, notes = found.content["plan"]["edits"], {one["note"] for one in found.content["plan"]["decisions"]}
     return {

@@ -546,7 +546,7 @@ def _adapted(folder: Path, dtype: torch.dtype | str, device: str) -> PreTrainedM
     base = load_model(_adapter_base(folder), dtype=dtype, device=device)
     try:
         with _quiet():
-            adapted = PeftModel.from_pretrained(base, str(folder), local_files_only=True)
+            adapted: Any = PeftModel.from_pretrained(base, str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded by PEFT: {_first_line(error)}") from error
     ready: PreTrainedModel = adapted.eval()

@@ -65,7 +65,7 @@ def load_adapted(
     else:
         logging.disable_progress_bar()
         logging.set_verbosity_error()
-        kinds = {
+        kinds: dict[str, Any] = {
             "AutoModelForCausalLM": AutoModelForCausalLM,
             "AutoPeftModelForCausalLM": peft.AutoPeftModelForCausalLM,
         }

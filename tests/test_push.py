@@ -399,7 +399,10 @@ def test_the_gate_stands_in_front_of_everything_and_the_reason_is_on_the_card(
 
 def test_an_evaluation_of_another_plan_is_refused(client: Client, mine: Path, repo: str) -> None:
     measured(mine.parent, 0, plan_sha256="0" * 64)
-    assert "another plan" in sentence(client("push", mine, repo))
+    for card_of in ("ours", "somebody"):
+        if card_of == "somebody":
+            (mine / "README.md").write_text("---\nlicense: mit\n---\n# A card of my own\n")
+        assert "another plan" in sentence(client("push", mine, repo))
 
 
 # --- the card
@@ -446,6 +449,9 @@ def test_a_card_that_somebody_changed_is_published_as_it_is(
     measured(mine.parent, 20)
     acknowledged = ("--acknowledge-safety-change", WHY)
     assert "add this line" in sentence(client("push", mine, repo, *acknowledged))
+    (mine / "README.md").write_text(own + f"\n{WHY}\n")
+    assert "not-for-all-audiences" in sentence(client("push", mine, repo, *acknowledged))
+    own = own.replace("tags:\n", "tags:\n- not-for-all-audiences\n", 1)
     (mine / "README.md").write_text(own + f"\n{WHY}\n")
     fine(client("push", mine, repo, *acknowledged))
     (mine / "README.md").write_text("no metadata at all")

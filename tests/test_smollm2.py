@@ -48,6 +48,15 @@ def test_every_leg_of_the_certificate_holds_on_a_real_model(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_adapters_of_a_real_model_are_certified(tmp_path: Path) -> None:
+    done = python("scripts/certify", "--target", "lora", "--prompts", "6", "--json", str(tmp_path / "reports.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    reports = json.loads((tmp_path / "reports.json").read_text())
+    assert set(reports) == {"add", "ablate", "clamp", "ablate + add"}
+    assert all(report["legs"]["AutoModelForCausalLM"]["max_over_std"] <= 2e-5 for report in reports.values())
+
+
+@pytest.mark.slow
 def test_a_real_model_is_validated_from_disk_with_the_same_figures() -> None:
     done = python("scripts/bench_validate_stream", "--prompts", "10", "--decode-tokens", "8")
     assert done.returncode == 0, done.stdout + done.stderr  # not 0 where a figure differs by more than 1e-6

@@ -99,7 +99,10 @@ def push(
     if create_pr and revision != "main":
         raise PublishError(f"a pull request is a branch of its own: leave out --create-pr, or --revision {revision}")
     found = manifest.read(folder, incomplete=from_base)
-    safety.require(safety.refusals(evaluation), acknowledged)
+    if evaluation is not None:
+        card.check_belongs(found, evaluation, f"evaluation of {folder}")
+    refusals = safety.refusals(evaluation)
+    safety.require(refusals, acknowledged)
     _check_kind(folder, found)
     items = _items(folder, found, progress)
     with without_bars():
@@ -111,20 +114,22 @@ def push(
         account.check_may_write(api, repo, me, there, create_pr=create_pr)
         _check_target(repo, found, there, create_pr=create_pr)
         base = account.base_on_hub(api, found.base["hub_id"] or found.base["original"])
-        hidden = _private(repo, there, private, gated=base.gated)
+        proposed = there is not None and create_pr  # it is as private as what it is proposed to
+        hidden = there.private if there and proposed else _private(repo, there, private, gated=base.gated)
         terms = account.licence(base, found.base["hub_id"] or found.base["original"], licence)
-        published = card.Publication(repo, terms, acknowledged, proof if certified == "bytes" else None)
-        items[CARD] = _card(folder, report, evaluation, template, published)
-        items |= _made_here(found, repo, report if certified == "function" else proof)
+        published = card.Publication(repo, terms, acknowledged, proof, reduced=refusals.state == "fell")
+        items[CARD] = _card(folder, None if proof else report, evaluation, template, published)
+        items |= _made_here(found, repo, proof or report)
         wanted = [items[path] for path in sorted(items)]
         if from_base:
             wanted, why = _from_base(api, found, wanted)
             notes += [why] if why else []
         if dry_run:
             there_now = {} if there is None else _tree_if_any(api, repo, revision)
+            head = None if there is None else there.commit
             return Pushed(
-                repo, f"{api.endpoint}/{repo}", revision, there and there.commit, None, hidden, there is None, False,
-                certified, tuple(_moves(wanted, there_now, notes)), tuple(notes),
+                repo, f"{api.endpoint}/{repo}", revision, head, None, hidden, there is None, False, certified,
+                tuple(_moves(wanted, there_now, notes)), tuple(notes),
             )  # fmt: skip
         return _publish(api, me, repo, wanted, found, there, revision, hidden, create_pr, certified, notes, progress)
 

@@ -19,7 +19,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented there, imported without a listing
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from ..checkpoint.remote import asked_pause, goes_back_to, is_disk_full, patiently
 from ..errors import PublishError, SteerBakeError
