@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import adapter, reload_worker
+from . import reload_worker
 from .activations import collect
 from .affine import Affine, compose
 from .architectures import Layout
@@ -37,7 +37,7 @@ RANK_ONE_TOLERANCE = 5e-5  # the edited product rounds in another order than hoo
 NOISE_MARGIN = 1.2
 #: Of adapters: their product joins an output that was rounded before, while a hook sees what rounding did. And to
 #: stacked experts PEFT adds it in their own dtype, rounded to nearest.
-ADAPTER_MARGIN, EXPERTS_MARGIN = 1.5, 2.0
+ADAPTER_MARGIN = 2.0
 STREAM_TOLERANCE = 1e-5
 ROWS_AT_ONCE = 64  # a difference of logits takes several times their memory
 LEAST_EFFECT = 1e-3  # max logit gap base to hooked, in units of std(logits); less is a bake that does nothing
@@ -200,13 +200,6 @@ class Comparison:
             return "adapter", ADAPTER_TOLERANCE
         return ("constants", CONSTANTS_TOLERANCE) if self.plan.is_constant else ("rank_one", RANK_ONE_TOLERANCE)
 
-    @property
-    def _margin(self) -> float:
-        if self.plan.target != "lora":
-            return NOISE_MARGIN
-        bare = any(part.place.kind == "parameter" for part in adapter.parts(self.plan, self.base))
-        return EXPERTS_MARGIN if bare else ADAPTER_MARGIN
-
     def legs(self) -> dict[str, Gap]:
         found = {self._exact_leg[0]: self.exact.gap()} if "float32" in self.loaded else {}
         found |= {route: distance.gap() for route, distance in self.routes.items()}
@@ -230,7 +223,7 @@ class Comparison:
             yield Check(f"function, {route} (float32)", off <= ADAPTER_TOLERANCE, off, ADAPTER_TOLERANCE, detail)
         if "storage" in self.loaded:
             kl, floor = self.storage.gap().kl, self.floor.gap().kl
-            limit = floor * self._margin
+            limit = floor * (ADAPTER_MARGIN if self.plan.target == "lora" else NOISE_MARGIN)
             yield Check(
                 "function, storage dtype", kl <= limit, kl, limit,
                 f"KL(hooks || file) {kl:.2e}, noise floor {floor:.2e} (ratio {kl / floor:.2f})",
