@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import adapter, reload_worker
+from . import reload_worker
 from .activations import collect
 from .affine import Affine, compose
 from .architectures import Layout, submodule
@@ -38,7 +38,7 @@ RANK_ONE_TOLERANCE = 5e-5  # the edited product rounds in another order than hoo
 NOISE_MARGIN = 1.2
 #: Of adapters: their product joins an output that was rounded before, while a hook sees what rounding did. And to
 #: stacked experts PEFT adds it in their own dtype, rounded to nearest.
-ADAPTER_MARGIN, EXPERTS_MARGIN = 1.5, 2.0
+ADAPTER_MARGIN = 2.0
 #: Of the rounding noise: how it falls out is a property of the whole model, in one of five draws or so twice as much as
 #: in the others, however many tokens are read. Medians over so many are compared.
 DRAWS = 3
@@ -239,13 +239,6 @@ class Comparison:
             return "approximate"
         return "constants" if self.plan.is_constant else "rank_one"
 
-    @property
-    def _margin(self) -> float:
-        if self.plan.target != "lora":
-            return NOISE_MARGIN
-        bare = any(part.place.kind == "parameter" for part in adapter.parts(self.plan, self.base))
-        return EXPERTS_MARGIN if bare else ADAPTER_MARGIN
-
     def legs(self) -> dict[str, Gap]:
         found = {self._exact_leg: self.exact.gap()} if "float32" in self.loaded else {}
         found |= {route: distance.gap() for route, distance in self.routes.items()}
@@ -303,13 +296,14 @@ class Comparison:
         )  # fmt: skip
 
     def _rounding(self) -> Check:
+        margin = ADAPTER_MARGIN if self.plan.target == "lora" else NOISE_MARGIN
         stored, hooked = _middle(self.storage), _middle(self.floor)
         kl, floor = stored.gap().kl, hooked.gap().kl
         known = self.exact.gap().kl if self.plan.is_approximate and "float32" in self.loaded else 0.0
         # Small divergences are squared distances: two that are independent of each other add up under the root at most.
         # A few tokens make most of either mean: what so many tokens leave open is no sign of anything.
-        open_still = SAMPLING_ERRORS * math.hypot(stored.kl_error(), self._margin * hooked.kl_error())
-        limit = self._margin * (floor**0.5 + known**0.5) ** 2 + open_still
+        open_still = SAMPLING_ERRORS * math.hypot(stored.kl_error(), margin * hooked.kl_error())
+        limit = margin * (floor**0.5 + known**0.5) ** 2 + open_still
         besides = f" (ratio {kl / floor:.2f})" if floor else ""
         besides += f", approximation {known:.2e}" if known else ""
         besides += f", sampling error {open_still:.1e}"

@@ -41,9 +41,25 @@ def logits(llm: Any, rows: list[list[int]]) -> list[np.ndarray[Any, Any]]:
     return found
 
 
+def plain_kernels() -> None:
+    """Leave weights as the file has them: kernels for repacked ones (AMX) crash on some virtual machines."""
+    from llama_cpp import llama_cpp as low
+
+    defaults = low.llama_model_default_params
+
+    def without() -> Any:
+        settings = defaults()
+        if hasattr(settings, "use_extra_bufts"):
+            settings.use_extra_bufts = False
+        return settings
+
+    low.llama_model_default_params = without  # the class has no argument for it
+
+
 def main(job_file: str) -> None:
     import llama_cpp
 
+    plain_kernels()
     job = json.loads(Path(job_file).read_text())
     rows = job["rows"]
     longest = max(map(len, rows))

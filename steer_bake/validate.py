@@ -8,7 +8,7 @@ never imports steer_bake (``reload_worker.py``). Compared over left-padded batch
 * **adapter** (instead of these two): the base read as float32 with the adapter on it, against the exact hooks, loaded
   through PeftModel, AutoPeftModelForCausalLM and AutoModelForCausalLM;
 * **storage**: the published file in its own dtype, at most 1.2 x as far from the float32 hooks as hooks in that dtype
-  (an adapter: 1.5 x, with experts 2 x; medians over three draws of the rounding noise, and what so few tokens leave
+  (an adapter: 2 x; medians over three draws of the rounding noise, and what so few tokens leave
   open).
 
 Beside them: every edited tensor against the plan, the stream's own obedience to ablation and clamp, and the effect, so
