@@ -2,7 +2,7 @@
 
 A set is a JSONL file (one object a line), a YAML list, a packaged set (``safety/harmful``) or a data set of the hub
 (``hf:name:split``). A row has ``text`` (or ``prompt``, or ``messages``) and, optionally, ``label``, ``category``,
-``split``, ``system`` and ``pair`` (or ``id``).
+``split``, ``system``, ``pair`` (or ``id``) and ``score`` (from -1 to 1: how clearly it is what its label says).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PACKAGED = Path(__file__).parent / "prompt_sets"
 POSITIONS = ("last", "mean", "instruction")
 
 _CONTENT_KEYS = ("text", "prompt", "messages")
-_ROW_KEYS = (*_CONTENT_KEYS, "label", "category", "split", "system", "pair", "id")
+_ROW_KEYS = (*_CONTENT_KEYS, "label", "category", "split", "system", "pair", "id", "score")
 # Stands for the instruction while its place in the rendered template is looked for: nothing a template would change.
 _PLACEHOLDER = "steerbakeinstructionplaceholder"
 
@@ -38,6 +38,12 @@ class Prompt:
     category: str | None = None
     split: str | None = None
     pair: str | None = None  # rows that share it differ in their label only
+    score: float | None = None  # refusal confidence c(x) from -1 (always answered) to 1 (always refused), where known
+
+    @property
+    def answer(self) -> str | None:
+        """The assistant message that the conversation ends in, where it does."""
+        return self.messages[-1][1] if self.messages and self.messages[-1][0] == "assistant" else None
 
     @property
     def beginning(self) -> str:
@@ -249,6 +255,9 @@ def _checked(row: object, where: str) -> dict[str, Any]:
     for key in ("text", "prompt", "label", "category", "split", "system"):
         if key in row and not isinstance(row[key], str) and not (row[key] is None and key not in _CONTENT_KEYS):
             raise RecipeError(f"{where}: {key!r} is {row[key]!r}, which is not a text; put it in quotes")
+    score = row.get("score")
+    if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not -1 <= score <= 1):
+        raise RecipeError(f"{where}: 'score' is {score!r}; give a number from -1 to 1")
     for key in ("pair", "id"):
         if isinstance(row.get(key), (dict, list)):
             raise RecipeError(f"{where}: {key!r} is {row[key]!r}; give a text or a number")
@@ -271,7 +280,10 @@ def _instances(row: dict[str, Any], where: str, index: int, source: PromptSource
         systems = {label: source.system}
     for name, system in systems.items():
         messages = _messages(row, where, system)
-        made = Prompt(messages, None, name, row.get("category"), row.get("split"), None if pair is None else str(pair))
+        made = Prompt(
+            messages, None, name, row.get("category"), row.get("split"), None if pair is None else str(pair),
+            row.get("score"),
+        )  # fmt: skip
         if source.chat is False:
             if len(messages) != 1 or "messages" in row:
                 raise RecipeError(f"{where}: chat: false takes plain texts, no messages and no system prompt")

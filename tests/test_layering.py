@@ -11,7 +11,7 @@ import pytest
 
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
-    ("errors", "registry", "reload_worker", "runtimes", "streaming"),
+    ("distributed", "errors", "registry", "reload_worker", "runtimes", "streaming"),
     ("affine", "checks", "sites"),
     (
         "direction",
@@ -27,8 +27,10 @@ LAYERS = (
     ("depth", "representations"),
     ("draft", "houses"),
     ("proof",),
-    ("activations", "steering", "plan", "recipe"),
-    ("explain", "originals"),
+    ("activations", "steering", "plan", "recipe", "refusal"),
+    ("explain", "originals", "combination", "selection", "transfer"),
+    ("estimation",),
+    ("analysis", "configure"),
     ("manifest", "contents", "tensors"),
     ("targets", "audit"),
     ("comparison", "unbake"),
@@ -38,7 +40,7 @@ LAYERS = (
     ("card",),
     ("job",),
     ("pipeline",),
-    ("display",),
+    ("display", "figures"),
     ("cli",),
     ("__main__",),
 )
