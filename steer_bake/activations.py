@@ -29,6 +29,7 @@ _TOKENS_ON_CPU = 512
 _TOKENS_ELSEWHERE = 8192
 # A group of prompts gets a prefix of its own where that saves more than this many tokens: the price of another forward.
 _WORTH_A_FORWARD = 64
+_NOTHING = "there are no prompts to read activations from; give at least one"
 # Beginnings nested deeper than this in one another are not looked for.
 _DEEPEST = 32
 
@@ -68,6 +69,8 @@ def collect(
     """
     if len(encoded) != len(labels) or (weights is not None and len(weights) != len(encoded)):
         raise ValueError(f"{len(encoded)} prompts have {len(labels)} labels and {len(weights or encoded)} weights")
+    if not encoded:
+        raise RecipeError(_NOTHING)
     sums = _Sums(labels, sites, layout.width, rows, covariance, weights)
     _walk(model, layout, encoded, sites, sums.add, tokens_per_batch, progress)
     return sums.statistics()
@@ -109,7 +112,7 @@ def _walk(
 ) -> None:
     """Call ``take`` with (prompts by index, what they gave) for this process's share of the prompts."""
     if not encoded:
-        raise RecipeError("there are no prompts to read activations from; give at least one")
+        raise RecipeError(_NOTHING)
     device, offloaded = _where(model)
     if tokens_per_batch is None:
         # every forward of a model that lies on disk reads it from there

@@ -1,8 +1,8 @@
 """What the papers show of their directions, as numbers: ``steer-bake analyze`` writes them, ``figures`` draws them.
 
-Per layer how the projection follows the refusal confidence and how far it tells the sides apart; how a direction's weight
-is spread over the dimensions; the cosines between the directions of categories; the activations in the plane of their
-two largest components; and what steering does to refusals of harmful and of harmless prompts.
+Per layer how the projection follows the refusal confidence and how far it tells the sides apart; how a direction's
+weight is spread over the dimensions; the cosines between the directions of categories; the activations in the plane of
+their two largest components; and what steering does to refusals of harmful and of harmless prompts.
 """
 
 from __future__ import annotations
@@ -110,9 +110,7 @@ def _best(centred: Mapping[Site, Tensor], scores: Tensor, layers: int) -> Site:
     return ranked({one: layer_score(values, scores) for one, values in centred.items()}, layers)[0]
 
 
-def _layer(
-    values: Tensor, scores: Tensor, labels: Sequence[str], positive: str, negative: str
-) -> dict[str, float]:
+def _layer(values: Tensor, scores: Tensor, labels: Sequence[str], positive: str, negative: str) -> dict[str, float]:
     score = layer_score(values, scores)
     apart = separation(by_label(values, labels, positive), by_label(values, labels, negative))
     scales = quantile_scales(values, scores)
@@ -156,9 +154,9 @@ def _categories(
         columns = []
         paired = getattr(registry.module("estimators", wanted.name), "PAIRED", False)
         for name in names:
-            vector, _ = estimate(
-                "mean_difference" if paired else wanted.name, found[f"{CATEGORY}{name}"], found[wanted.negative], None, {} if paired else wanted.options,
-            )  # fmt: skip
+            name_of = "mean_difference" if paired else wanted.name  # categories and the negative prompts are no pairs
+            options = {} if paired else wanted.options
+            vector, _ = estimate(name_of, found[f"{CATEGORY}{name}"], found[wanted.negative], None, options)
             columns.append(direction.unit(vector, f"the direction of {name}")[0].double())
         stacked = torch.stack(columns)
         result["cosines"] = {"categories": names, "matrix": (stacked @ stacked.T).tolist()}
@@ -173,8 +171,8 @@ def _rows(one: Statistics) -> Tensor:
 def plane(rows: Mapping[str, Tensor]) -> dict[str, Any]:
     """All ``rows`` (label to [n, d]) in the plane of their first two principal components.
 
-    ``silhouette`` is the mean over the points, in all dimensions, of ``(b - a) / max(a, b)``: ``a`` the mean distance to the
-    others of the same label, ``b`` to those of the nearest other label (Rousseeuw 1987).
+    ``silhouette`` is the mean over the points, in all dimensions, of ``(b - a) / max(a, b)``: ``a`` the mean distance
+    to the others of the same label, ``b`` to those of the nearest other label (Rousseeuw 1987).
     """
     names = list(rows)
     points = torch.cat([rows[name] for name in names]).double()

@@ -35,8 +35,6 @@ _base = click.option(
 )
 
 
-
-
 def _offloading(command: Callable[..., None]) -> Callable[..., None]:
     memory = click.option(
         "--max-memory", multiple=True, metavar="DEVICE=SIZE",

@@ -40,7 +40,9 @@ def whitened(directions: Tensor, benign: Tensor, ridge: float = 1e-4, relative: 
     variances = sizes.square() / len(rows)
     amount = ridge * float(variances.sum()) / rows.shape[1] if relative else ridge
     if not amount > 0:
-        raise RecipeError(f"the ridge of the benign covariance is {amount:g}; give a positive one, and prompts that differ")
+        raise RecipeError(
+            f"the ridge of the benign covariance is {amount:g}; give a positive one, and prompts that differ"
+        )
     gains = (variances + amount).rsqrt() - 1 / math.sqrt(amount)
     wide = directions.double()
     return wide / math.sqrt(amount) + axes.T @ (gains[:, None] * (axes @ wide))
@@ -114,8 +116,8 @@ def learn(
 ) -> Combination:
     """Minimise ``-mean log p(event | harmful) + kl_weight mean KL(p_base || p_steered | benign)`` over U, V and z.
 
-    The model is frozen; gradients pass through the same hook that is the reference of every bake. It acts at every token
-    position, as a baked file does (the paper's acts at the last one).
+    The model is frozen; gradients pass through the same hook that is the reference of every bake. It acts at every
+    token position, as a baked file does (the paper's acts at the last one).
 
     Args:
         start: ``Q`` [d, k], where U and V begin (:func:`basis`).

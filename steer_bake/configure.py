@@ -36,9 +36,9 @@ def configure(
 ) -> tuple[list[Site], dict[Site, float], Selection]:
     """The sites best first, the score of each, and the configurations tried.
 
-    Layers are ranked on the recipe's validation prompts. ``c(x)`` is the probability that the answer opens as a refusal,
-    times two, minus one; :func:`selection.select` takes any other measure. A conversation that ends in an answer keeps
-    it, others are answered by the model without steering.
+    Layers are ranked on the recipe's validation prompts. ``c(x)`` is the probability that the answer opens as a
+    refusal, times two, minus one; :func:`selection.select` takes any other measure. A conversation that ends in an
+    answer keeps it, others are answered by the model without steering.
 
     Raises:
         RecipeError: too few prompts, or no configuration reaches the target.

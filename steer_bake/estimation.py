@@ -1,4 +1,4 @@
-"""From a recipe's labelled prompts to its directions: whose activations are read, how they are weighted, what is learned."""
+"""From a recipe's labelled prompts to its directions: what is read, how it is weighted, what is learned."""
 
 from __future__ import annotations
 
@@ -308,8 +308,8 @@ class Estimation:
         found = sorted({str(one.category) for one in prompts if one.label == self.wanted.positive and one.category})
         if len(found) < 2:
             raise RecipeError(
-                f"a combination needs at least two categories among the {self.wanted.positive!r} prompts, and there are "
-                f"{len(found)}; give the rows a 'category'"
+                f"a combination needs at least two categories among the {self.wanted.positive!r} prompts, and there "
+                f"are {len(found)}; give the rows a 'category'"
             )
         return found
 
@@ -346,9 +346,7 @@ class Estimation:
             assert negative.rows is not None
             start = basis(torch.stack(columns, dim=1), negative.rows, asked.ridge, asked.relative)
             length = negative.norm if asked.units == "dose" else 1.0
-            learning = Learning(
-                asked.epochs, asked.rate, asked.batch, asked.kl_weight, length=length, seed=asked.seed
-            )
+            learning = Learning(asked.epochs, asked.rate, asked.batch, asked.kl_weight, length=length, seed=asked.seed)
             with self.progress(f"learning the combination at {site}") as advance:
                 learned = learn(
                     model, site, start, harmful, benign, self.event(self.source[0]), learning, progress=advance

@@ -89,7 +89,9 @@ class Estimator(_Section):
     options: dict[str, bool | int | float | str] = {}  # the estimator's own
     orthogonal_to: str | None = None  # a label of that set: its mean activation is projected out of the direction
     scores: Literal["prompts", "opening"] = "prompts"  # where c(x) comes from: the rows, or how the answer would open
-    threshold: Annotated[float, Field(ge=0, lt=1)] | None = None  # labels by c(x): above it positive, below -it negative
+    threshold: Annotated[float, Field(ge=0, lt=1)] | None = (
+        None  # labels by c(x): above it positive, below -it negative
+    )
     openings: list[str] | None = None  # how refusals begin; default: the common English ways
     scale: Literal["natural", "quantile"] = "natural"
     validation: Annotated[list[str], BeforeValidator(_as_names)] | None = None  # for the quantiles; default: prompts

@@ -1,8 +1,8 @@
 """Which layers, and how much: the selection of Refusal Steering (Garcia-Ferrero et al., arXiv 2512.16602, section 3.3).
 
 Layers are ranked by how well the projection ``p_l(x) = <h_l(x), v_l>`` follows the refusal confidence ``c(x)`` of
-validation prompts. Then every configuration (how many of the best layers, what coefficient, which intervention) is tried,
-and of those that lower ``c`` by enough the one is taken that changes other answers the least.
+validation prompts. Then every configuration (how many of the best layers, what coefficient, which intervention) is
+tried, and of those that lower ``c`` by enough the one is taken that changes other answers the least.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class LayerScore:
 def layer_score(projections: Tensor, confidence: Tensor) -> LayerScore:
     """Of one layer's ``projections`` [prompts] with the ``confidence`` [prompts] of the same prompts.
 
-    ``error`` is ``sqrt(mean (c 1[sign p != sign c])^2)``: the sum of squares is over the prompts that disagree, the mean
-    over all (the authors of the weighted mean difference, whose code the paper follows). ``p`` is to be counted from the
-    neutral mean for its sign to mean something.
+    ``error`` is ``sqrt(mean (c 1[sign p != sign c])^2)``: the sum of squares is over the prompts that disagree, the
+    mean over all (the authors of the weighted mean difference, whose code the paper follows). ``p`` is to be counted
+    from the neutral mean for its sign to mean something.
 
     Raises:
         RecipeError: fewer than three prompts, or all with the same confidence.

@@ -73,8 +73,8 @@ def check(
     if weak:
         site = min(weak, key=weak.__getitem__)
         raise RecipeError(
-            f"the directions of the other model do not separate the prompts in this one: AUC {weak[site]:.2f} at {site} "
-            f"({len(weak)} of {len(separations)} sites below {least}); read at other sites, lower 'separates', or "
-            "estimate them on this model"
+            f"the directions of the other model do not separate the prompts in this one: AUC {weak[site]:.2f} at "
+            f"{site} ({len(weak)} of {len(separations)} sites below {least}); read at other sites, lower 'separates', "
+            "or estimate them on this model"
         )
     return separations

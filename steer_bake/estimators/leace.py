@@ -37,8 +37,8 @@ def leace(positive: Statistics, negative: Statistics, options: Options | None = 
 
 
 def eraser(positive: Statistics, negative: Statistics, options: Options | None = None) -> Affine:
-    """``h -> h - delta w^T (h - middle) / (w^T delta)`` with ``w = Sigma^-1 delta``: no linear probe tells the sides apart
-    afterwards, and of all linear maps with that property this moves the activations least (without the ridge).
+    """``h -> h - delta w^T (h - middle) / (w^T delta)`` with ``w = Sigma^-1 delta``: no linear probe tells the sides
+    apart afterwards, and of all linear maps with that property this moves the activations least (without the ridge).
 
     ``delta`` is the difference of the means and ``middle`` lies half-way between them.
 

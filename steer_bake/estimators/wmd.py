@@ -1,7 +1,7 @@
 """Weighted mean difference (Cyberey and Evans 2025, arXiv 2504.17130; the WMD of Refusal Steering, arXiv 2512.16602).
 
-``v = m_P / |m_P| - m_N / |m_N|`` with ``m = sum w (h - o) / sum w`` over each side, ``w = |c(x)|`` and ``o`` the mean of
-the neutral prompts. Each side counts by the direction in which it lies from ``o``, not by how far.
+``v = m_P / |m_P| - m_N / |m_N|`` with ``m = sum w (h - o) / sum w`` over each side, ``w = |c(x)|`` and ``o`` the mean
+of the neutral prompts. Each side counts by the direction in which it lies from ``o``, not by how far.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Weighted ridge-regularised mean difference (Refusal Steering, arXiv 2512.16602, equations 3 to 5).
 
-``m = sum w (h - o) / sum w`` over each side with ``w = |c(x)|`` and ``o`` the neutral mean, ``Sigma_N = sum w (h~ - m_N)
-(h~ - m_N)^T / sum w`` over the negatives, ``v = (Sigma_N + lambda I)^-1 (m_P - m_N)``.
+``m = sum w (h - o) / sum w`` over each side with ``w = |c(x)|`` and ``o`` the neutral mean, ``Sigma_N =
+sum w (h~ - m_N) (h~ - m_N)^T / sum w`` over the negatives, ``v = (Sigma_N + lambda I)^-1 (m_P - m_N)``.
 
 Equation 4 as printed takes ``h`` uncentred against ``m_N`` centred, which would add ``o o^T`` to the covariance and
 suppress the direction of the neutral mean itself; ``h~ = h - o`` is what is built. With that reading ``o`` cancels from

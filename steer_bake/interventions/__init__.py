@@ -57,8 +57,8 @@ def intervene(
     """The intervention ``name`` (a file of this folder) with ``direction`` at ``site``.
 
     The amount is ``coefficient`` times ``direction.scale`` (units ``scale``; of a direction with two, the one for the
-    coefficient's sign), 1 (``unit``) or the mean stream norm where the direction was read (``dose``). For ``ablate`` the
-    coefficient is lambda itself; a clamp counts from ``direction.neutral`` where that is known (the reposition of
+    coefficient's sign), 1 (``unit``) or the mean stream norm where the direction was read (``dose``). For ``ablate``
+    the coefficient is lambda itself; a clamp counts from ``direction.neutral`` where that is known (the reposition of
     Refusal Steering, arXiv 2512.16602: ``h - <h - o, v> v + alpha s v``).
 
     Raises:
