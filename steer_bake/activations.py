@@ -22,6 +22,7 @@ from .architectures import Layout, submodule
 from .errors import ExtractionError, RecipeError
 from .estimators import Statistics
 from .prompts import Encoded
+from .refusal import keeps_keys_and_values
 from .sites import Site
 
 # Padded tokens in one forward. A processor is fastest where a batch's activations stay in its caches.
@@ -121,7 +122,7 @@ def _walk(
     mine = [encoded[index] for index in own]
     done = 0
     with _evaluating(model), _Reader(model, layout, sites, device) as reader, torch.inference_mode():
-        sharing = _can_share(model) and not offloaded
+        sharing = keeps_keys_and_values(model) and not offloaded
         for group in _groups(mine) if sharing and mine else [_Group(0, tuple(range(len(mine))))]:
             prefix = _Prefix.run(reader, [mine[index] for index in group.members], group.length)
             for batch in _batches(mine, group, tokens_per_batch):
@@ -136,8 +137,9 @@ def _where(model: Any) -> tuple[torch.device, bool]:
     spread = getattr(model, "hf_device_map", None)
     if spread is None:
         return model.device, False
-    first = next((place for place in spread.values() if place not in ("disk", "meta")), "cpu")
-    return torch.device(first), any(place in ("disk", "cpu") for place in spread.values()) and len(spread) > 1
+    places = set(spread.values())
+    first = next((place for place in spread.values() if place != "disk"), "cpu")
+    return torch.device(first), "disk" in places or ("cpu" in places and len(places) > 1)
 
 
 # --- which prompts go together
@@ -149,12 +151,6 @@ class _Group:
 
     length: int
     members: tuple[int, ...]
-
-
-def _can_share(model: Any) -> bool:
-    """Whether what a token leaves for later tokens is a key and a value per layer, and no recurrent state."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    return not getattr(model, "_is_stateful", False) and kinds <= {"full_attention", "sliding_attention"}
 
 
 def _groups(encoded: Sequence[Encoded]) -> list[_Group]:

@@ -142,6 +142,8 @@ def learn(
         batches = list(_batches(len(harmful), len(benign), wanted, generator))
         for number, (asked, kept) in enumerate(batches, 1):
             optimiser.zero_grad()
+            if not bool(_affine(left, right, middle, wanted).shift.isfinite().all()):
+                raise RecipeError(f"training the combination diverged before step {number}; use a smaller rate")
             with steer(model, [Intervention(site, _affine(left, right, middle, wanted), "combination")]):
                 refused = -event.log_probability(model, [harmful[index] for index in asked]).mean()
                 refused.backward()  # type: ignore[no-untyped-call]

@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -387,11 +388,15 @@ def _plain(dequantised: Any) -> Any:
 def _quiet() -> Iterator[None]:
     """Transformers without progress bars and warnings: the library never prints."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    spreading = logging.getLogger("accelerate.big_modeling")
+    spoke = spreading.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    spreading.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        spreading.setLevel(spoke)
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
@@ -399,9 +404,12 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Offload:
-    """A model larger than a device: accelerate spreads it, and what does not fit is read from ``folder`` when used."""
+    """A model larger than a device: accelerate spreads it, and what does not fit is read from disk when it is used.
 
-    folder: Path  # holds the weights that are on no device while the model is in use; may be deleted afterwards
+    That is from the checkpoint itself, or from ``folder`` where the weights have to be rewritten for it.
+    """
+
+    folder: Path  # may be deleted once the model is no longer in use
     max_memory: Mapping[int | str, str] | None = None  # like {"cpu": "8GiB", 0: "20GiB"}; default: what is free
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from .errors import RecipeError
 from .prompts import Encoded
@@ -94,15 +95,21 @@ class Event:
 
         What several openings begin with is computed once, and the last token of each is never run.
         """
-        begun = {one[:-1] for one in self.openings}
-        paths = sorted(one for one in begun if not any(other[: len(one)] == one for other in begun - {one}))
-        of = [next(n for n, path in enumerate(paths) if path[: len(one) - 1] == one[:-1]) for one in self.openings]
+        paths, of = self._paths()
         at_once = max(1, _ROWS // len(paths))
         parts = [
             self._log_probability(model, prompts[at : at + at_once], paths, of)
             for at in range(0, len(prompts), at_once)
         ]
         return torch.cat(parts)
+
+    def _paths(self) -> tuple[list[Tokens], list[int]]:
+        """What has to be run after a prompt, and which of it has each opening's tokens but the last."""
+        begun = {one[:-1] for one in self.openings}
+        paths = sorted(one for one in begun if not any(other[: len(one)] == one for other in begun - {one}))
+        return paths, [
+            next(n for n, path in enumerate(paths) if path[: len(one) - 1] == one[:-1]) for one in self.openings
+        ]
 
     def _log_probability(
         self, model: Any, prompts: Sequence[Encoded], paths: Sequence[Tokens], of: Sequence[int]
@@ -134,13 +141,40 @@ class Event:
         """
         found = []
         for number, one in enumerate(prompts, 1):
-            found.append(2 * self.log_probability(model, [one]).double().exp().cpu() - 1)
+            found.append(2 * self._quick(model, one).double().exp().cpu() - 1)
             if progress is not None:
                 progress(number, len(prompts))
         return torch.cat(found).clamp(-1, 1)
 
+    def _quick(self, model: Any, one: Encoded) -> Tensor:
+        """:meth:`log_probability` of one prompt [1], which is run once for all openings."""
+        paths, of = self._paths()
+        if not keeps_keys_and_values(model):
+            return self.log_probability(model, [one])
+        cache, ids = DynamicCache(), torch.tensor([one.ids], device=model.device)
+        first = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:]
+        longest = max(map(len, paths))
+        logits = first.expand(len(paths), -1, -1)  # [paths, 1, vocabulary]
+        if longest:
+            cache.batch_repeat_interleave(len(paths))
+            after = torch.tensor([path + (0,) * (longest - len(path)) for path in paths], device=model.device)
+            later = model(input_ids=after, past_key_values=cache, use_cache=True).logits
+            logits = torch.cat([logits, later], dim=1)
+        logs = logits.float().log_softmax(-1)
+        sums = [
+            sum(logs[path, place, token] for place, token in enumerate(opening))
+            for path, opening in zip(of, self.openings, strict=True)
+        ]
+        return torch.stack([torch.as_tensor(each) for each in sums]).logsumexp(0, keepdim=True)
+
 
 _ROWS = 32  # sequences in one forward
+
+
+def keeps_keys_and_values(model: Any) -> bool:
+    """Whether what a token leaves for later tokens is a key and a value per layer, and no recurrent state."""
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+    return not getattr(model, "_is_stateful", False) and kinds <= {"full_attention", "sliding_attention"}
 
 
 def next_token_logits(model: Any, prompts: Sequence[Encoded]) -> Tensor:

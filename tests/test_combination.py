@@ -1,4 +1,4 @@
-"""Claims of refusal.py and combination.py: the event is a probability, the whitening is one, learning does what it says."""
+"""Claims of refusal.py and combination.py: the event is a probability, learning does what it says."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ def test_probability_of_the_event_is_that_of_whole_forwards(model: Any) -> None:
             logits = model(input_ids=torch.tensor([one.ids + opening])).logits[0].log_softmax(-1)
             total += float(sum(logits[len(one.ids) - 1 + n, token] for n, token in enumerate(opening)).exp())
         assert float(value.exp()) == pytest.approx(total, rel=1e-4)
+        assert float(event.confidence(model, [one])) == pytest.approx(2 * total - 1, abs=1e-5)
 
 
 def test_an_event_and_its_complement_sum_to_one(model: Any) -> None:
@@ -129,7 +130,9 @@ def test_the_basis_is_orthonormal_and_leaves_what_benign_prompts_do_with_few_of_
 def learned(model: Any, **changes: Any) -> Combination:
     start = torch.linalg.qr(torch.randn(tiny.WIDTH, 3, generator=torch.Generator().manual_seed(1))).Q
     event = Event.of([(5,), (7, 8), (9,)])
-    return learn(model, SITE, start, HARMFUL, BENIGN, event, Learning(epochs=40, batch=4, **changes))
+    return learn(
+        model, SITE, start, HARMFUL, BENIGN, event, Learning(**{"epochs": 12, "rate": 0.05, "batch": 4, **changes})
+    )
 
 
 def test_learning_raises_refusals_of_harmful_prompts_and_kl_holds_benign_ones_back(model: Any) -> None:
@@ -153,7 +156,7 @@ def test_the_constant_lies_in_the_learned_span_and_is_the_same_again(model: Any)
     one, other = (learned(model) for _ in range(2))
     torch.testing.assert_close(one.vector, other.vector)
     assert not one.affine.is_linear
-    assert len(one.curve) == 40 * 2, "each epoch goes once through the longer list in batches of 4"
+    assert len(one.curve) == 12 * 2, "each epoch goes once through the longer list in batches of 4"
 
 
 def test_the_model_is_frozen_and_left_as_it_was(model: Any) -> None:

@@ -18,7 +18,6 @@ from steer_bake.models import Offload, load_model
 from . import jobs, tiny
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
-    "mean_difference": {},
     "wrmd": {"options": {"relative": True}},
     "pca": {},
 }
@@ -83,7 +82,7 @@ def test_each_process_reads_its_own_share(monkeypatch: pytest.MonkeyPatch) -> No
         for rank in range(size):
             monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
             shares.append(distributed.share(10))
-        assert sorted(sum(shares, [])) == list(range(10))
+        assert sorted(index for share in shares for index in share) == list(range(10))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -99,18 +98,17 @@ def test_a_run_under_torchrun_says_what_to_do_instead(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["mean_difference", "wrmd"])
-def test_weights_on_disk_give_the_directions_of_weights_in_memory(tied_llama: Path, tmp_path: Path, name: str) -> None:
-    file = recipe(tmp_path / "job", tied_llama, name)
+def test_weights_on_disk_give_the_directions_of_weights_in_memory(tied_llama: Path, tmp_path: Path) -> None:
+    file = recipe(tmp_path / "job", tied_llama, "wrmd")
     plain = extracted(file, tmp_path / "one.safetensors")
-    folder = tmp_path / "weights"
-    spread = extracted(file, tmp_path / "two.safetensors", "--offload", folder, "--max-memory", "cpu=60KiB")
-    assert any(folder.iterdir()), "something was put on disk"
+    limit = "--max-memory", "cpu=100KiB"
+    spread = extracted(file, tmp_path / "two.safetensors", "--offload", tmp_path / "weights", *limit)
     assert far(plain, spread) <= 1e-5
 
 
-def test_a_spread_model_really_leaves_weights_on_disk(tied_llama: Path, tmp_path: Path) -> None:
-    model = load_model(tied_llama, dtype="float32", device=Offload(tmp_path / "weights", {"cpu": "60KiB"}))
+@pytest.mark.parametrize("limit", ["60KiB", "100KiB"], ids=["everything", "some layers"])
+def test_a_spread_model_really_leaves_weights_on_disk(tied_llama: Path, tmp_path: Path, limit: str) -> None:
+    model = load_model(tied_llama, dtype="float32", device=Offload(tmp_path / "weights", {"cpu": limit}))
     places: dict[str, Any] = model.hf_device_map  # type: ignore[assignment]
     assert "disk" in places.values()
     assert activations._where(model) == (torch.device("cpu"), True)
@@ -123,7 +121,7 @@ def test_a_spread_model_really_leaves_weights_on_disk(tied_llama: Path, tmp_path
     whole = load_model(tied_llama, dtype="float32")
     torch.testing.assert_close(found.mean, activations.collect(whole, layout, encoded, labels, [site])[site]["a"].mean)
     still = [name for name, tensor in model.named_parameters() if tensor.device.type == "meta"]
-    assert still == on_disk, "what was read was forgotten again"
+    assert set(on_disk) <= set(still), "what was read was forgotten again"
 
 
 def architectures_site(layers: int) -> Any:
