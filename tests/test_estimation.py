@@ -78,14 +78,27 @@ def test_labels_come_from_the_scores_and_the_rest_is_neutral(llama: Path, tmp_pa
 
 
 def test_scores_can_come_from_how_the_answer_would_open(llama: Path, tmp_path: Path) -> None:
-    made = [{key: value for key, value in row.items() if key != "label"} for row in rows()]
-    openings = [chr(letter) for letter in range(ord("A"), ord("z")) if chr(letter).isalpha()]
-    estimator = {"name": "wrmd", **BOTH, "scores": "opening", "openings": openings, "threshold": 0.0}
-    one = job(tmp_path / "one", llama, estimator, made).estimation
+    estimator = {"name": "wrmd", **BOTH, "scores": "opening", "openings": ["A", "B", "No"]}
+    one = job(tmp_path / "one", llama, estimator, rows()).estimation
     model = one.load(one.source[0])
     scored = one.scored(model, one.prompts)
-    assert len(set(scored.scores)) == len(made), "every prompt has a probability of its own"
-    assert all((label == "refuse") == (score > 0) for label, score in zip(scored.labels, scored.scores, strict=True))
+    assert len(set(scored.scores)) == len(rows()), "every prompt has a probability of its own"
+    words = tiny.tokenizer()
+    with torch.inference_mode():
+        for encoded, score in list(zip(scored.encoded, scored.scores, strict=True))[:3]:
+            logits = model(input_ids=torch.tensor([encoded.ids + tuple(words("N")["input_ids"])])).logits[0]
+            chances = logits.double().softmax(-1)
+            first = {text: float(chances[-2, words(text)["input_ids"][0]]) for text in ("A", "B", "N")}
+            spaced = [words(f" {text}")["input_ids"] for text in ("A", "B", "No")]
+            other = sum(_chance(model, encoded.ids, ids) for ids in spaced)
+            event = first["A"] + first["B"] + first["N"] * float(chances[-1, words("o")["input_ids"][0]]) + other
+            assert score == pytest.approx(2 * event - 1, abs=1e-5)
+
+
+def _chance(model: Any, prompt: tuple[int, ...], tokens: list[int]) -> float:
+    chances = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0].double().softmax(-1)
+    places = range(len(prompt) - 1, len(prompt) - 1 + len(tokens))
+    return float(torch.stack([chances[place, token] for place, token in zip(places, tokens, strict=True)]).prod())
 
 
 def test_quantile_scales_come_from_the_validation_prompts(llama: Path, tmp_path: Path) -> None:
