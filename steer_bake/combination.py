@@ -154,7 +154,7 @@ def learn(
                 (wanted.kl_weight * moved).backward()
             torch.nn.utils.clip_grad_norm_(parameters, wanted.clip)
             optimiser.step()
-            curve.append(Step(float(refused), float(moved)))
+            curve.append(Step(refused.item(), moved.item()))
             if not math.isfinite(curve[-1].refusal + curve[-1].kl):
                 raise RecipeError(f"training the combination diverged at step {number}; use a smaller rate")
             if progress is not None:
