@@ -78,6 +78,7 @@ def analyse(
         "positive": wanted.positive,
         "negative": wanted.negative,
         "prompts": {"estimated on": len(training.labels), "measured on": len(held_out.labels)},
+        "confidence": _confidence(estimation, held_out),
         "held_out": wanted.validation is not None,
         "site": str(best),
         "layers": {str(one): row for one, row in rows.items()},
@@ -96,6 +97,14 @@ def analyse(
                 advance(number, len(coefficients))
         result["refusals"] = {"of": "probability that the answer opens as a refusal", "points": points}
     return result
+
+
+def _confidence(estimation: Estimation, scored: Scored) -> str:
+    """What c(x) is here."""
+    if estimation.wanted.scores == "opening":
+        return "refusal confidence"
+    given = sum(prompt.score is not None for prompt in scored.prompts)
+    return "refusal confidence" if given == len(scored.prompts) else "score" if given else "label"
 
 
 def _origin(sides: Mapping[str, Statistics], one: Direction, estimation: Estimation) -> float:

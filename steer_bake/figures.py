@@ -66,7 +66,9 @@ def _layers(figure: Any, numbers: Mapping[str, Any]) -> None:
     ):  # fmt: skip
         one.plot(places, [rows[name][key] for name in names], label=label, color=colour, marker="o", markersize=3)
     one.axvline(names.index(numbers["site"]), color="#999999", linestyle=":")
-    one.set_title(f"Projection on {numbers['estimator']} and refusal confidence, {_measured(numbers)}", fontsize=10)
+    one.set_title(
+        f"Projection on {numbers['estimator']} and {numbers['confidence']}, {_measured(numbers)}", fontsize=10
+    )
     one.legend(fontsize=8, ncols=3)
     other.plot(places, [rows[name]["auc"] for name in names], color=COLOURS[2], marker="s", markersize=3)
     other.axvline(names.index(numbers["site"]), color="#999999", linestyle=":")

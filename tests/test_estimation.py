@@ -321,6 +321,7 @@ def test_analyze_writes_every_figure_twice_and_the_numbers_behind_them(analysed:
         assert -1 <= row["correlation"] <= 1
         assert 0 <= row["auc"] <= 1
     assert numbers["held_out"] is True
+    assert numbers["confidence"] == "label", "no row has a score: the labels stand for 1 and -1"
     assert numbers["cosines"]["categories"] == ["fire", "lies", "theft"]
     matrix = torch.tensor(numbers["cosines"]["matrix"])
     torch.testing.assert_close(matrix, matrix.T)
