@@ -202,7 +202,7 @@ def plane(rows: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def silhouette(points: Tensor, of: Tensor) -> float | None:
     """Mean silhouette of ``points`` [n, d] with labels ``of`` [n]; None with fewer than two labels."""
-    labels = of.unique()
+    labels = torch.tensor(sorted(set(of.tolist())))
     if len(labels) < 2:
         return None
     distances = torch.cdist(points, points)

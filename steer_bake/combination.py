@@ -45,7 +45,8 @@ def whitened(directions: Tensor, benign: Tensor, ridge: float = 1e-4, relative: 
         )
     gains = (variances + amount).rsqrt() - 1 / math.sqrt(amount)
     wide = directions.double()
-    return wide / math.sqrt(amount) + axes.T @ (gains[:, None] * (axes @ wide))
+    found: Tensor = wide / math.sqrt(amount) + axes.T @ (gains[:, None] * (axes @ wide))
+    return found
 
 
 def basis(directions: Tensor, benign: Tensor, ridge: float = 1e-4, relative: bool = False) -> Tensor:
@@ -54,6 +55,7 @@ def basis(directions: Tensor, benign: Tensor, ridge: float = 1e-4, relative: boo
     Raises:
         RecipeError: the directions are linearly dependent.
     """
+    columns: Tensor
     columns, upper = torch.linalg.qr(whitened(directions, benign, ridge, relative))
     sizes = upper.diagonal().abs()
     if float(sizes.min()) < 1e-9 * float(sizes.max()):
@@ -151,7 +153,7 @@ def learn(
                 steered = next_token_logits(model, [benign[index] for index in kept]).log_softmax(-1)
                 before = torch.stack([reference[index] for index in kept]).to(steered)
                 moved = (before.exp() * (before - steered)).sum(-1).mean()
-                (wanted.kl_weight * moved).backward()
+                (wanted.kl_weight * moved).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, wanted.clip)
             optimiser.step()
             curve.append(Step(refused.item(), moved.item()))

@@ -46,7 +46,10 @@ class Scored:
         """Those whose label is to be kept."""
         chosen = [index for index, label in enumerate(self.labels) if keep(label)]
         return Scored(
-            *(tuple(part[index] for index in chosen) for part in (self.prompts, self.encoded, self.labels, self.scores))
+            tuple(self.prompts[index] for index in chosen),
+            tuple(self.encoded[index] for index in chosen),
+            tuple(self.labels[index] for index in chosen),
+            tuple(self.scores[index] for index in chosen),
         )
 
 

@@ -65,6 +65,8 @@ def _solve(spread: Tensor | None, dense: Tensor | None, right: Tensor, ridge: fl
     if spread is not None:
         gram = spread @ spread.T
         gram.diagonal().add_(amount)
-        return (right - spread.T @ torch.linalg.solve(gram, spread @ right)) / amount
+        found: Tensor = (right - spread.T @ torch.linalg.solve(gram, spread @ right)) / amount
+        return found
     assert dense is not None
-    return torch.linalg.solve(dense + amount * torch.eye(width, dtype=dense.dtype), right)
+    found = torch.linalg.solve(dense + amount * torch.eye(width, dtype=dense.dtype), right)
+    return found
