@@ -1,12 +1,13 @@
 """Activations at any sites of the residual stream, read in one pass and summed up as they come.
 
 What makes it fast: prompts that begin with the same tokens (chat template, system prompt) share one pass over them,
-batches hold prompts of about one length, and each forward stops once the last site asked for has been read.
+batches hold prompts of about one length, and each forward stops once the last site asked for has been read. Under
+``torchrun`` every process reads its share of the prompts and the sums are added up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from . import distributed
 from .architectures import Layout, submodule
 from .errors import ExtractionError, RecipeError
 from .estimators import Statistics
 from .prompts import Encoded
+from .refusal import keeps_keys_and_values
 from .sites import Site
 
 # Padded tokens in one forward. A processor is fastest where a batch's activations stay in its caches.
@@ -27,6 +30,7 @@ _TOKENS_ON_CPU = 512
 _TOKENS_ELSEWHERE = 8192
 # A group of prompts gets a prefix of its own where that saves more than this many tokens: the price of another forward.
 _WORTH_A_FORWARD = 64
+_NOTHING = "there are no prompts to read activations from; give at least one"
 # Beginnings nested deeper than this in one another are not looked for.
 _DEEPEST = 32
 
@@ -39,43 +43,103 @@ def collect(
     sites: Sequence[Site],
     *,
     rows: bool = False,
+    covariance: Collection[str] = (),
+    weights: Sequence[float] | None = None,
     tokens_per_batch: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[Site, dict[str, Statistics]]:
     """What the stream holds at ``sites``, at the read position of every prompt, summed up per label.
 
-    The result does not depend on batch size, order or shared prefixes (up to the rounding of the model's own dtype).
-    Memory does not grow with the number of prompts unless ``rows`` asks for every vector.
+    The result does not depend on batch size, order, shared prefixes or the number of processes (up to the rounding of
+    the model's own dtype). Memory does not grow with the number of prompts unless ``rows`` asks for every vector.
 
     Args:
         model: a transformers causal language model, in any dtype, on any device; left as it was.
         encoded: the prompts (``prompts.encode``); ``labels`` has the label of each.
         rows: keep every vector, ``[count, d]`` float32 per label in the order of ``encoded``.
+        covariance: the labels whose covariance is needed; of a label with fewer than ``d`` prompts its rows are kept
+            instead, which are smaller and as good.
+        weights: of every prompt, not negative, for ``weighted_mean`` and ``covariance``; by default all are 1.
         tokens_per_batch: at most so many tokens, padding included, in one forward (but always at least one prompt);
             by default what suits the device.
-        progress: called with (prompts done, prompts in all) after every batch.
+        progress: called with (prompts done, prompts in all) after every batch; under torchrun of this process's share.
 
     Raises:
-        RecipeError: no prompts, or a site that is not one place (``writes``).
+        RecipeError: no prompts, a site that is not one place (``writes``), or a label whose weights are all 0.
         ExtractionError: NaN or infinity at a site; the message names the site and the prompt.
     """
-    if len(encoded) != len(labels):
-        raise ValueError(f"{len(encoded)} prompts have {len(labels)} labels")
+    if len(encoded) != len(labels) or (weights is not None and len(weights) != len(encoded)):
+        raise ValueError(f"{len(encoded)} prompts have {len(labels)} labels and {len(weights or encoded)} weights")
     if not encoded:
-        raise RecipeError("there are no prompts to read activations from; give at least one")
+        raise RecipeError(_NOTHING)
+    sums = _Sums(labels, sites, layout.width, rows, covariance, weights)
+    _walk(model, layout, encoded, sites, sums.add, tokens_per_batch, progress)
+    return sums.statistics()
+
+
+def project(
+    model: Any,
+    layout: Layout,
+    encoded: Sequence[Encoded],
+    vectors: Mapping[Site, Tensor],
+    *,
+    tokens_per_batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Site, Tensor]:
+    """``p(x) = <h(x), v>`` [prompts] float64 at every site, ``vectors`` having ``v`` [d] of each; no vector is kept.
+
+    Raises:
+        RecipeError, ExtractionError: as :func:`collect`.
+    """
+    found = {site: torch.zeros(len(encoded), dtype=torch.float64) for site in vectors}
+
+    def take(batch: Sequence[int], reads: Mapping[Site, _Read]) -> None:
+        for site, read in reads.items():
+            found[site][list(batch)] = read.vectors.cpu().double() @ vectors[site].double()
+
+    _walk(model, layout, encoded, list(vectors), take, tokens_per_batch, progress)
+    distributed.add_up(list(found.values()))
+    return found
+
+
+def _walk(
+    model: Any,
+    layout: Layout,
+    encoded: Sequence[Encoded],
+    sites: Sequence[Site],
+    take: Callable[[Sequence[int], Mapping[Site, _Read]], None],
+    tokens_per_batch: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Call ``take`` with (prompts by index, what they gave) for this process's share of the prompts."""
+    if not encoded:
+        raise RecipeError(_NOTHING)
+    device, offloaded = _where(model)
     if tokens_per_batch is None:
-        tokens_per_batch = _TOKENS_ON_CPU if model.device.type == "cpu" else _TOKENS_ELSEWHERE
-    sums = _Sums(labels, rows)
+        # every forward of a model that lies on disk reads it from there
+        tokens_per_batch = _TOKENS_ON_CPU if device.type == "cpu" and not offloaded else _TOKENS_ELSEWHERE
+    own = distributed.share(len(encoded))
+    mine = [encoded[index] for index in own]
     done = 0
-    with _evaluating(model), _Reader(model, layout, sites) as reader, torch.inference_mode():
-        for group in _groups(encoded) if _can_share(model) else [_Group(0, tuple(range(len(encoded))))]:
-            prefix = _Prefix.run(reader, [encoded[index] for index in group.members], group.length)
-            for batch in _batches(encoded, group, tokens_per_batch):
-                sums.add(batch, _read(reader, [encoded[index] for index in batch], prefix))
+    with _evaluating(model), _Reader(model, layout, sites, device) as reader, torch.inference_mode():
+        sharing = keeps_keys_and_values(model) and not offloaded
+        for group in _groups(mine) if sharing and mine else [_Group(0, tuple(range(len(mine))))]:
+            prefix = _Prefix.run(reader, [mine[index] for index in group.members], group.length)
+            for batch in _batches(mine, group, tokens_per_batch):
+                take([own[index] for index in batch], _read(reader, [mine[index] for index in batch], prefix))
                 done += len(batch)
                 if progress is not None:
-                    progress(done, len(encoded))
-    return sums.statistics()
+                    progress(done, len(mine))
+
+
+def _where(model: Any) -> tuple[torch.device, bool]:
+    """The device that tokens go to, and whether accelerate keeps some of the weights elsewhere until they are used."""
+    spread = getattr(model, "hf_device_map", None)
+    if spread is None:
+        return model.device, False
+    places = set(spread.values())
+    first = next((place for place in spread.values() if place != "disk"), "cpu")
+    return torch.device(first), "disk" in places or ("cpu" in places and len(places) > 1)
 
 
 # --- which prompts go together
@@ -87,12 +151,6 @@ class _Group:
 
     length: int
     members: tuple[int, ...]
-
-
-def _can_share(model: Any) -> bool:
-    """Whether what a token leaves for later tokens is a key and a value per layer, and no recurrent state."""
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-    return not getattr(model, "_is_stateful", False) and kinds <= {"full_attention", "sliding_attention"}
 
 
 def _groups(encoded: Sequence[Encoded]) -> list[_Group]:
@@ -148,8 +206,8 @@ class _Stop(Exception):
 class _Reader:
     """Hooks at the sites, and a forward that runs no further than the last of them."""
 
-    def __init__(self, model: Any, layout: Layout, sites: Sequence[Site]):
-        self._model = model
+    def __init__(self, model: Any, layout: Layout, sites: Sequence[Site], device: torch.device):
+        self._model, self._device = model, device
         self._layout = layout
         self._sites = list(dict.fromkeys(sites))
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -180,7 +238,7 @@ class _Reader:
         """
         self._seen, self._keep = {}, keep
         try:
-            tokens = torch.tensor(ids, device=self._model.device)
+            tokens = torch.tensor(ids, device=self._device)
             self._shape = tokens.shape
             self._model(input_ids=tokens, past_key_values=cache, use_cache=cache is not None)
         except _Stop:
@@ -334,39 +392,96 @@ def _check(reads: Mapping[Site, _Read], members: Sequence[Encoded]) -> None:
 
 
 class _Sums:
-    """Per site and label: the sum of the vectors and of their norms, in float64 where the device has it."""
+    """Per site and label: the sums of the vectors and of their norms, in float64 where the device has it."""
 
-    def __init__(self, labels: Sequence[str], rows: bool):
+    def __init__(
+        self,
+        labels: Sequence[str],
+        sites: Sequence[Site],
+        width: int,
+        rows: bool,
+        covariance: Collection[str],
+        weights: Sequence[float] | None,
+    ):
         self._labels = sorted(set(labels))
-        self._of = [self._labels.index(label) for label in labels]
-        self._counts = [self._of.count(number) for number in range(len(self._labels))]
-        self._vectors: dict[Site, Tensor] = {}  # [labels, d]
-        self._norms: dict[Site, Tensor] = {}  # [labels]
-        self._rows: dict[Site, Tensor] | None = {} if rows else None  # [prompts, d] float32
+        self._of = torch.tensor([self._labels.index(label) for label in labels])
+        self._counts = self._of.bincount(minlength=len(self._labels)).tolist()
+        self._is_weighted = weights is not None
+        self._weights = torch.ones(len(labels), dtype=torch.float64)
+        if weights is not None:
+            self._weights = torch.tensor(list(weights), dtype=torch.float64)
+        self._totals = torch.zeros(len(self._labels), dtype=torch.float64).index_add_(0, self._of, self._weights)
+        for label, total in zip(self._labels, self._totals.tolist(), strict=True):
+            if not total > 0:
+                raise RecipeError(f"all prompts labelled {label!r} have weight 0; their scores say nothing about them")
+        wanted = [n for n, label in enumerate(self._labels) if label in covariance]
+        few = {n for n in wanted if self._counts[n] < width}
+        self._kept = set(range(len(self._labels))) if rows else few
+        self._squared = [n for n in wanted if n not in self._kept]
+        self._place = torch.zeros(len(labels), dtype=torch.long)  # of a prompt among the rows of its label
+        for n in range(len(self._labels)):
+            self._place[self._of == n] = torch.arange(self._counts[n])
+        self._sites = sorted(set(sites), key=lambda site: site.order)
+        count = len(self._labels)
+        self._sums: dict[Site, _Sum] = {
+            site: _Sum(
+                torch.zeros(count, width, dtype=torch.float64),
+                torch.zeros(count, width, dtype=torch.float64) if self._is_weighted else None,
+                torch.zeros(count, dtype=torch.float64),
+                {n: torch.zeros(self._counts[n], width) for n in sorted(self._kept)},
+                {n: torch.zeros(width, width, dtype=torch.float64) for n in self._squared},
+            )
+            for site in self._sites
+        }
 
     def add(self, batch: Sequence[int], reads: Mapping[Site, _Read]) -> None:
         """Add what the prompts ``batch`` (indices) gave."""
+        chosen = torch.tensor(list(batch))
+        of, weights = self._of[chosen], self._weights[chosen]
         for site, read in reads.items():
-            wide = read.vectors.dtype if read.vectors.device.type == "mps" else torch.float64
-            if site not in self._vectors:
-                self._vectors[site] = read.vectors.new_zeros(len(self._labels), read.vectors.shape[1], dtype=wide)
-                self._norms[site] = read.norms.new_zeros(len(self._labels), dtype=wide)
-            of = torch.tensor([self._of[index] for index in batch], device=read.norms.device)
-            self._vectors[site].index_add_(0, of, read.vectors.to(wide))
-            self._norms[site].index_add_(0, of, read.norms.to(wide))
-            if self._rows is not None:
-                if site not in self._rows:
-                    self._rows[site] = torch.empty(len(self._of), read.vectors.shape[1])
-                self._rows[site][list(batch)] = read.vectors.cpu()
+            into, vectors = self._sums[site], read.vectors.cpu()
+            wide = vectors.double()
+            into.vectors.index_add_(0, of, wide)
+            into.norms.index_add_(0, of, read.norms.cpu().double())
+            if into.weighted is not None:
+                into.weighted.index_add_(0, of, weights[:, None] * wide)
+            for n, rows in into.rows.items():
+                rows[self._place[chosen[of == n]]] = vectors[of == n]
+            for n, square in into.squares.items():
+                inside = of == n
+                square.addmm_(wide[inside].T, weights[inside, None] * wide[inside])
 
     def statistics(self) -> dict[Site, dict[str, Statistics]]:
-        sites = sorted(self._vectors, key=lambda site: site.order)
-        return {site: {label: self._one(site, n) for n, label in enumerate(self._labels)} for site in sites}
+        for site in self._sites:
+            distributed.add_up(self._sums[site].tensors())
+        return {site: {label: self._one(site, n) for n, label in enumerate(self._labels)} for site in self._sites}
 
     def _one(self, site: Site, number: int) -> Statistics:
-        count = self._counts[number]
-        rows = None
-        if self._rows is not None:
-            rows = self._rows[site][[index for index, of in enumerate(self._of) if of == number]]
-        mean = (self._vectors[site][number] / count).float().cpu()
-        return Statistics(count, mean, float(self._norms[site][number]) / count, rows)
+        found, count, total = self._sums[site], self._counts[number], self._totals[number]
+        mean = found.vectors[number] / count
+        centre = mean if found.weighted is None else found.weighted[number] / total
+        covariance = None
+        if number in found.squares:
+            covariance = found.squares[number] / total - torch.outer(centre, centre)
+        return Statistics(
+            count, mean.float(), float(found.norms[number]) / count,
+            rows=found.rows.get(number),
+            weights=self._weights[self._of == number] if self._is_weighted and number in found.rows else None,
+            weighted_mean=centre,
+            covariance=covariance,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Sum:
+    """At one site, in float64 on the CPU; the first axis is the label."""
+
+    vectors: Tensor  # [labels, d]
+    weighted: Tensor | None  # [labels, d] with each vector times its weight; None where all weights are 1
+    norms: Tensor  # [labels]
+    rows: Mapping[int, Tensor]  # label to [count, d] float32
+    squares: Mapping[int, Tensor]  # label to [d, d], sum w h h^T
+
+    def tensors(self) -> list[Tensor]:
+        weighted = [] if self.weighted is None else [self.weighted]
+        return [self.vectors, *weighted, self.norms, *self.rows.values(), *self.squares.values()]

@@ -35,6 +35,18 @@ _base = click.option(
 )
 
 
+def _offloading(command: Callable[..., None]) -> Callable[..., None]:
+    memory = click.option(
+        "--max-memory", multiple=True, metavar="DEVICE=SIZE",
+        help="With --offload: at most so much per device, like cpu=8GiB or 0=20GiB; default: what is free.",
+    )  # fmt: skip
+    folder = click.option(
+        "--offload", type=click.Path(path_type=Path), metavar="FOLDER",
+        help="For a model larger than memory: spread it over all devices and keep the rest in FOLDER (accelerate).",
+    )  # fmt: skip
+    return folder(memory(command))
+
+
 class _Commands(click.Group):
     """The error boundary: one sentence and a non-zero exit, never a traceback."""
 
@@ -121,29 +133,43 @@ def run(
 @main.command(short_help="Estimate the directions of a recipe.")
 @_recipe
 @click.option("-o", "--out", type=click.Path(path_type=Path), default="direction.safetensors", show_default=True)
+@_offloading
 @_device
 @_dtype
 @_dry_run
 @_json
-def extract(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_json: bool) -> None:
+def extract(
+    recipe: Path, out: Path, offload: Path | None, max_memory: tuple[str, ...], device: str, dtype: str,
+    dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Estimate the directions of a RECIPE and write them to a safetensors file, or to a GGUF control vector (.gguf).
 
+    Under torchrun every process reads its share of the prompts and the first one writes the file.
+
     \b
-    Example:
+    Examples:
       steer-bake extract recipes/quickstart.yaml -o gloomy.safetensors
+      torchrun --standalone --nproc-per-node 2 -m steer_bake extract recipes/quickstart.yaml
+      steer-bake extract recipes/quickstart.yaml --offload /tmp/weights --max-memory cpu=8GiB
     """
+    from . import distributed
     from .job import Job, save_directions
     from .models import pick_device
-    from .stages import no_empty_folder
+    from .stages import no_empty_folder, silent
 
-    job = Job(recipe, out.parent, device=pick_device(device), dtype=dtype, progress=progress)
-    job.check()
-    if dry_run:
-        display.note(f"would read {', '.join(map(str, job.read_sites()))} of {job.ref.name} and write {out}")
-        return
-    with no_empty_folder(out.parent):
+    with distributed.joined(pick_device(device)) as own:
+        spread = _offload(offload, max_memory)
+        seen = progress if distributed.is_first() else silent
+        job = Job(recipe, out.parent, device=own, dtype=dtype, offload=spread, progress=seen)
+        job.check()
+        if dry_run:
+            display.note(f"would read {', '.join(map(str, job.read_sites()))} of {job.ref.name} and write {out}")
+            return
         directions = job.estimate()
-        save_directions(directions, out, job.layout.model_type)
+        if not distributed.is_first():
+            return
+        with no_empty_folder(out.parent):
+            save_directions(directions, out, job.layout.model_type)
     if as_json:
         display.as_json([one.provenance() for one in directions])
         return
@@ -623,6 +649,125 @@ def agree(file: Path, names: Sequence[str], options: Sequence[str], show: bool, 
         display.agreement(name, found, show)
 
 
+@main.command(short_help="Draw and tell what a recipe's directions are like.")
+@_recipe
+@click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder; default: analysis/<recipe's name>.")
+@click.option("--site", help="Where to look closely; default: the site with the best layer score.")
+@click.option("--harmful", default="safety/harmful", show_default=True, help="Prompt set that ought to be refused.")
+@click.option("--harmless", default="safety/harmless", show_default=True, help="Prompt set that ought to be answered.")
+@click.option(
+    "--limit", type=click.IntRange(min=0), default=24, show_default=True, help="Of these two; 0 leaves them out."
+)
+@click.option("--no-figures", is_flag=True, help="Only the numbers.")
+@_device
+@_dtype
+@_dry_run
+@_json
+def analyze(
+    recipe: Path, out: Path | None, site: str | None, harmful: str, harmless: str, limit: int, no_figures: bool,
+    device: str, dtype: str, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Draw and tell what the directions of a RECIPE are like: figures (PNG and SVG) and analysis.json.
+
+    Per layer the correlation with the refusal confidence and the separability; how a direction is spread over the
+    dimensions; cosines between categories; activations by category; refusals under steering.
+
+    \b
+    Example:
+      steer-bake analyze recipes/refusal-steering.yaml -o analysis
+    """
+    from .analysis import analyse
+    from .job import Job
+    from .models import pick_device
+    from .recipe import Prompts
+    from .sites import parse_site
+    from .stages import write_text
+
+    folder = out or Path("analysis") / recipe.stem
+    job = Job(recipe, folder, device=pick_device(device), dtype=dtype, progress=progress)
+    job.estimation.check()
+    asked = [Prompts(path=name, limit=limit).load(Path()) if limit else [] for name in (harmful, harmless)]
+    chosen = None if site is None else parse_site(site, job.layers)
+    if dry_run:
+        display.note(f"would read {len(job.read_sites())} sites of {job.ref.name} and write {folder}")
+        return
+    if not no_figures:
+        from .figures import check
+
+        check()
+    numbers = analyse(
+        job.estimation, layers=job.layers, site=chosen, harmful=asked[0], harmless=asked[1], progress=progress
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "analysis.json", json.dumps(numbers, indent=1) + "\n")
+    if not no_figures:
+        from .figures import draw
+
+        draw(numbers, folder)
+    if as_json:
+        display.as_json(numbers)
+    else:
+        display.analysis(numbers)
+        display.note(f"written to {folder}")
+
+
+@main.command(short_help="Choose layers and coefficient for a recipe's directions.")
+@_recipe
+@click.option("--refused", required=True, help="Prompt set that the model tends to refuse, held out.")
+@click.option("--conversations", default="plain", show_default=True, help="Prompt set whose answers are to stay.")
+@click.option("--limit", type=click.IntRange(min=1), default=32, show_default=True, help="Of these two.")
+@click.option("--top", default="2,4,8,16", show_default=True, help="How many of the best layers to try.")
+@click.option("--coefficients", default="-0.15,-0.25,-0.5,-0.75,-1,-2", show_default=True, help="What to try.")
+@click.option("--name", "names", multiple=True, default=("add",), help="The intervention; clamp repositions.")
+@click.option("--target", type=float, default=0.5, show_default=True, help="Least drop of the refusal confidence.")
+@_device
+@_dtype
+@_dry_run
+@_json
+def select(
+    recipe: Path, refused: str, conversations: str, limit: int, top: str, coefficients: str, names: tuple[str, ...],
+    target: float, device: str, dtype: str, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Choose layers and coefficient for the directions of a RECIPE, as the paper on Refusal Steering does.
+
+    Layers are ranked on the recipe's validation prompts; of all configurations that lower the refusal confidence by
+    the target, the one that changes the answers to other prompts least is taken. Nothing is written.
+
+    \b
+    Example:
+      steer-bake select recipes/refusal-steering.yaml --refused recipes/prompts/refusal/test.jsonl
+    """
+    from .configure import configure
+    from .job import Job
+    from .models import pick_device
+    from .recipe import Prompts
+    from .selection import grid
+
+    job = Job(recipe, Path(), device=pick_device(device), dtype=dtype, progress=progress)
+    job.estimation.check()
+    asked = [Prompts(path=name, limit=limit).load(Path()) for name in (refused, conversations)]
+    tried = grid(_numbers(top, int), _numbers(coefficients, float), names)
+    if dry_run:
+        display.note(f"would try {len(tried)} configurations on {job.ref.name}")
+        return
+    best, scores, found = configure(
+        job.estimation, layers=job.layers, configurations=tried, refused=asked[0], conversations=asked[1],
+        target=target, progress=progress,
+    )  # fmt: skip
+    content = {"layers": {str(site): scores[site] for site in best}, **found.as_json()}
+    if as_json:
+        display.as_json(content)
+    else:
+        display.selection(content)
+
+
+def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise click.UsageError(f"{text!r} is no list of numbers; write for example 2,4,8") from None
+
+
 @main.command("list", short_help="List models, prompt sets and every extension point.")
 @click.argument("what", required=False)
 @_json
@@ -663,6 +808,20 @@ def list_(what: str | None, as_json: bool) -> None:
 
 
 # --- what commands share
+
+
+def _offload(folder: Path | None, max_memory: Sequence[str]) -> Any:
+    from .models import Offload
+
+    sizes: dict[int | str, str] = {}
+    for one in max_memory:
+        place, equals, size = one.partition("=")
+        if not (place and equals and size):
+            raise click.UsageError(f"--max-memory is {one!r}; write DEVICE=SIZE, like cpu=8GiB")
+        sizes[int(place) if place.isdecimal() else place] = size
+    if sizes and folder is None:
+        raise click.UsageError("--max-memory says how a model is spread, and needs --offload FOLDER")
+    return None if folder is None else Offload(folder, sizes or None)
 
 
 def _request(

@@ -40,6 +40,8 @@ class Direction:
     revision: str | None = None  # commit hash of the model on the hub, where there is one
     estimator: str | None = None
     recipe_hash: str | None = None
+    scale_negative: float | None = None  # natural length for negative coefficients, where it is another one
+    neutral: float | None = None  # component of the neutral prompts' mean along the vector: where a clamp counts from
 
     @property
     def sha256(self) -> str:
@@ -56,6 +58,8 @@ class Direction:
             "revision": self.revision,
             "estimator": self.estimator,
             "recipe_hash": self.recipe_hash,
+            **({} if self.scale_negative is None else {"scale_negative": self.scale_negative}),
+            **({} if self.neutral is None else {"neutral": self.neutral}),
             "sha256": self.sha256,
         }
 

@@ -177,6 +177,36 @@ def directions(found: Sequence[Direction]) -> None:
     _print(_table(["site", "scale", "stream norm", "sha256"], rows))
 
 
+def analysis(content: Mapping[str, Any]) -> None:
+    """The layers of an analysis, and its figures in words."""
+    rows = [
+        (name, *(f"{row[key]:.3f}" for key in ("correlation", "error", "score", "auc", "distance")))
+        for name, row in content["layers"].items()
+    ]
+    _print(_table(["site", "r", "sign error", "r - error", "AUC", "d'"], rows))
+    click.echo(f"looked at closely: {content['site']}")
+    if not content["held_out"]:
+        note("measured on the training prompts; name a set under 'estimator: {validation: ...}'")
+
+
+def selection(content: Mapping[str, Any]) -> None:
+    """The configurations tried, the least change first, and the one to use as lines of a recipe."""
+    trials = sorted(content["trials"], key=lambda trial: trial["change"])
+    rows = [
+        (
+            str(trial["configuration"]["top"]), f"{trial['configuration']['coefficient']:+g}",
+            trial["configuration"]["name"], f"{trial['drop']:.3f}", f"{trial['change']:.3f}",
+            "chosen" if trial == content["chosen"] else "",
+        )
+        for trial in trials
+    ]  # fmt: skip
+    _print(_table(["layers", "coefficient", "", "drop of c", "change", ""], rows))
+    chosen = content["chosen"]
+    one = chosen["configuration"]
+    sites = ", ".join(chosen["sites"])
+    click.echo(f"intervention: {{name: {one['name']}, sites: [{sites}], coefficient: {one['coefficient']:g}}}")
+
+
 def report(content: Mapping[str, Any], what: str = "certificate") -> None:
     """The certificate or another report, one line per check."""
     rows = [

@@ -14,17 +14,15 @@ from safetensors import SafetensorError
 
 from . import adapter, architectures, baked, behaviour, card, direction, manifest, registry
 from . import recipe as recipes
-from .activations import collect
 from .architectures import Layout
 from .behaviour import Question
 from .checkpoint import Checkpoint
 from .direction import Direction
 from .errors import CheckpointError, RecipeError, ValidationFailed
-from .estimators import Statistics
+from .estimation import Estimation
 from .interventions import Intervention, intervene
-from .models import ModelRef, load_model, load_tokenizer, resolve
+from .models import ModelRef, Offload, Placement, resolve
 from .plan import Plan, make_plan
-from .prompts import Encoded, Prompt, check_length, encode, in_pairs, require_labels
 from .recipe import Recipe
 from .sites import Site, parse_site, parse_sites
 from .stages import Progress, key, replacing, silent, write_text
@@ -45,12 +43,14 @@ class Job:
         device: str = "cpu",
         dtype: str = "auto",
         safety: bool = True,
+        offload: Offload | None = None,
         progress: Progress = silent,
     ) -> None:
         self.recipe, self.text = recipes.read(recipe_file)
         _check_names(self.recipe)
         self.home = recipe_file.parent  # the recipe's relative paths start here
         self.folder, self.device, self.progress = folder, device, progress
+        self.placement: Placement = offload or device  # of the model whose activations are read
         self.dtype = baked.compute_dtype(dtype, device)
         self.safety = safety and self.recipe.safety
         with progress("fetching the model") as advance:
@@ -79,7 +79,7 @@ class Job:
             SteerBakeError: what would stop a stage: a prompt set, a label, a prompt too long, a site, a direction file.
         """
         if self.recipe.estimator:
-            self._encoded_training()
+            self.estimation.check()
         found = self.plan_sketch()
         _ = self._proof_rows
         behaviour.check_context(self._questions, self.base)
@@ -127,8 +127,11 @@ class Job:
     @cached_property
     def extract_key(self) -> str:
         sites = [str(site) for site in self.read_sites()]
-        prompts = [astuple(one) for one in self._training_prompts]
-        return key(self._base_key, self.recipe.estimator, self.recipe.read, sites, self.dtype, prompts)
+        estimation = self.estimation
+        prompts = [astuple(one) for one in (*estimation.prompts, *estimation.validation)]
+        source = estimation.source[0]
+        sibling = _stamps(sorted(source.folder.iterdir())) if source is not self.ref else []
+        return key(self._base_key, self.recipe.estimator, self.recipe.read, sites, self.dtype, prompts, sibling)
 
     def bake_key(self, plan: Plan) -> str:
         return key(self._base_key, self.recipe.target, plan.sha256)
@@ -158,38 +161,15 @@ class Job:
             RecipeError: the recipe has no estimator, or its prompts do not give a direction.
             ExtractionError: NaN or infinity among the activations.
         """
-        estimator = self.recipe.estimator
-        if estimator is None:
-            raise RecipeError("this recipe estimates no direction, it loads one: there is nothing to extract")
-        prompts, encoded, sites = self._training_prompts, self._encoded_training(), self.read_sites()
-        labels = [str(prompt.label) for prompt in prompts]
-        model = load_model(self.ref.folder, dtype=self.dtype, device=self.device)
-        with self.progress("reading activations") as advance:
-            found = collect(
-                model, self.layout, encoded, labels, sites, rows=self._needs_rows, progress=advance
-            )  # fmt: skip
-        return [self._direction(site, found[site]) for site in sites]
+        return self.estimation.directions()
 
-    def _direction(self, site: Site, sides: dict[str, Statistics]) -> Direction:
-        estimator = self.recipe.estimator
-        assert estimator is not None
-        positive, negative = sides[estimator.positive], sides[estimator.negative]
-        vector, scale = registry.load("estimators", estimator.name)(positive, negative)
-        if estimator.orthogonal_to:
-            before = float(vector.norm())
-            vector = direction.orthogonal_to(vector, [sides[estimator.orthogonal_to].mean])
-            scale *= float(vector.norm()) / before
-        count = positive.count + negative.count
-        return Direction(
-            vector=direction.unit(vector, f"the {estimator.name} direction at {site}")[0],
-            site=site,
-            scale=scale,
-            stream_norm=(positive.norm * positive.count + negative.norm * negative.count) / count,
-            model=self.ref.hub_id or self.recipe.model,
-            revision=self.ref.revision,
-            estimator=estimator.name,
-            recipe_hash=self.extract_key,
-        )
+    @cached_property
+    def estimation(self) -> Estimation:
+        """How the directions come about; raises RecipeError where the recipe loads them."""
+        return Estimation(
+            self.recipe, self.home, self.ref, self.base, self.read_sites(),
+            dtype=self.dtype, placement=self.placement, recipe_hash=lambda: self.extract_key, progress=self.progress,
+        )  # fmt: skip
 
     def read_sites(self) -> list[Site]:
         """Where directions are read: what the recipe says under ``read``, else the sites of its interventions."""
@@ -202,30 +182,6 @@ class Job:
                 "'writes' and 'writers' are no place to read: name a site such as 'resid_post.14' under 'read'"
             )
         return sorted(set(sites), key=lambda site: site.order)
-
-    @cached_property
-    def _training_prompts(self) -> list[Prompt]:
-        estimator = self.recipe.estimator
-        if estimator is None:
-            return []
-        labels = [estimator.positive, estimator.negative]
-        others = [estimator.orthogonal_to] if estimator.orthogonal_to else []
-        prompts = self.recipe.prompts[estimator.prompts].load(self.home)
-        require_labels(prompts, [*labels, *others])
-        if self._needs_rows:
-            aside = [prompt for prompt in prompts if prompt.label in others and prompt.label not in labels]
-            return [*in_pairs(prompts, *labels), *aside]
-        return [prompt for prompt in prompts if prompt.label in (*labels, *others)]
-
-    @property
-    def _needs_rows(self) -> bool:
-        name = self.recipe.estimator.name if self.recipe.estimator else ""
-        return bool(getattr(registry.module("estimators", name), "NEEDS_ROWS", False))
-
-    def _encoded_training(self) -> list[Encoded]:
-        encoded = encode(load_tokenizer(self.ref.folder), self._training_prompts, self.recipe.read.position)
-        check_length(encoded, behaviour.context_length(self.base))
-        return encoded
 
     # --- plan and bake
 

@@ -11,11 +11,12 @@ import fnmatch
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -477,20 +478,48 @@ def _plain(dequantised: Any) -> Any:
 def _quiet() -> Iterator[None]:
     """Transformers without progress bars and warnings: the library never prints."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    spreading = logging.getLogger("accelerate.big_modeling")
+    spoke = spreading.level
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    spreading.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        spreading.setLevel(spoke)
         transformers_logging.set_verbosity(level)
         if bars:
             transformers_logging.enable_progress_bar()
 
 
-def load_model(folder: Path, *, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
+@dataclass(frozen=True)
+class Offload:
+    """A model larger than a device: accelerate spreads it, and what does not fit is read from disk when it is used.
+
+    That is from the checkpoint itself, or from ``folder`` where the weights have to be rewritten for it.
+    """
+
+    folder: Path  # may be deleted once the model is no longer in use
+    max_memory: Mapping[int | str, str] | None = None  # like {"cpu": "8GiB", 0: "20GiB"}; default: what is free
+
+
+#: Where a model goes: one device by name, or spread.
+Placement = str | Offload
+
+
+def _spread(offload: Offload) -> dict[str, Any]:
+    if find_spec("accelerate") is None:
+        raise RecipeError("spreading a model needs accelerate: pip install 'steer-bake[offload]'")
+    offload.folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"device_map": "auto", "offload_folder": str(offload.folder)}
+    return found if offload.max_memory is None else {**found, "max_memory": dict(offload.max_memory)}
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | str = "auto", device: Placement = "cpu") -> PreTrainedModel:
     """The causal language model in ``folder``, in eval mode, every key accounted for.
 
-    ``dtype`` is a torch dtype, its name, or ``"auto"`` (as stored); ``device`` as :func:`pick_device` takes it.
+    ``dtype`` is a torch dtype, its name, or ``"auto"`` (as stored); ``device`` as :func:`pick_device` takes it, or an
+    :class:`Offload`.
 
     Of an adapter's folder it is the base that its config names, with the adapter on it.
 
@@ -498,9 +527,12 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = "auto", device: str =
         CheckpointError: a file is missing or damaged, or a weight is missing, unexpected or of another shape.
         RecipeError: there is no such dtype or device.
     """
-    wanted, place = _dtype(dtype), pick_device(device)
+    wanted, place = _dtype(dtype), pick_device(device) if isinstance(device, str) else None
     if (folder / ADAPTER_CONFIG).is_file():
+        if not isinstance(device, str):
+            raise RecipeError(f"{folder} is an adapter, which is not spread over devices; merge it, or name one device")
         return _adapted(folder, dtype, device)
+    spread = {} if isinstance(device, str) else _spread(device)
     _checked(folder, str(folder))
     try:
         with _quiet():
@@ -512,6 +544,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = "auto", device: str =
                 trust_remote_code=False,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below by name, where transformers would print a table
+                **spread,
             )
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be loaded by transformers: {_first_line(error)}") from error
@@ -525,7 +558,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str = "auto", device: str =
         found = "; ".join(f"{len(keys)} {what} (for example {keys[0]})" for what, keys in wrong.items())
         raise CheckpointError(f"{folder}: the weights do not fit {type(model).__name__} and its config: {found}")
     model.eval()
-    ready: PreTrainedModel = model.to(place)
+    ready: PreTrainedModel = model if place is None else model.to(place)
     return ready
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import registry
+from . import distributed, registry
 from .checkpoint import Checkpoint, check_no_weights
+from .errors import RecipeError
 from .interventions import Intervention
 from .job import Job
 from .models import ModelRef, open_base, open_remote, pick_device
@@ -44,6 +45,11 @@ def run(
     Raises:
         SteerBakeError: any of its kinds, with a sentence; what was finished before stays and is used by the next run.
     """
+    if distributed.is_launched():
+        raise RecipeError(
+            "'run' is one process: start only 'extract' under torchrun, then give the file it writes to the recipe as "
+            "'direction: {load: FILE}'"
+        )
     folder = Path(folder)
     stages = Stages(folder, force)
     job = Job(Path(recipe_file), folder, device=pick_device(device), dtype=dtype, safety=safety, progress=progress)

@@ -2,7 +2,8 @@
 
 A set is a JSONL file (one object a line), a YAML list, a packaged set (``safety/harmful``) or a data set of the hub
 (``hf:name:split``). A row has ``text`` (or ``prompt``, or ``messages``) and, optionally, ``label``, ``category``,
-``topic``, ``split``, ``system`` and ``pair`` (or ``id``).
+``topic``, ``split``, ``system``, ``pair`` (or ``id``) and ``score`` (from -1 to 1: how clearly it is what its label
+says).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ PACKAGED = Path(__file__).parent / "prompt_sets"
 POSITIONS = ("last", "mean", "instruction")
 
 _CONTENT_KEYS = ("text", "prompt", "messages")
-_ROW_KEYS = (*_CONTENT_KEYS, "label", "category", "topic", "split", "system", "pair", "id")
+_ROW_KEYS = (*_CONTENT_KEYS, "label", "category", "topic", "split", "system", "pair", "id", "score")
 # Stands for the instruction while its place in the rendered template is looked for: nothing a template would change.
 _PLACEHOLDER = "steerbakeinstructionplaceholder"
 
@@ -39,11 +40,17 @@ class Prompt:
     split: str | None = None
     pair: str | None = None  # rows that share it differ in their label only
     topic: str | None = None  # finer than the category: what splits are made by
+    score: float | None = None  # refusal confidence c(x) from -1 (always answered) to 1 (always refused), where known
 
     @property
     def question(self) -> str:
         """The last message, or the raw text: what an answer replies to."""
         return self.messages[-1][1] if self.messages else self.text or ""
+
+    @property
+    def answer(self) -> str | None:
+        """The assistant message that the conversation ends in, where it does."""
+        return self.messages[-1][1] if self.messages and self.messages[-1][0] == "assistant" else None
 
     @property
     def beginning(self) -> str:
@@ -255,6 +262,9 @@ def _checked(row: object, where: str) -> dict[str, Any]:
     for key in ("text", "prompt", "label", "category", "topic", "split", "system"):
         if key in row and not isinstance(row[key], str) and not (row[key] is None and key not in _CONTENT_KEYS):
             raise RecipeError(f"{where}: {key!r} is {row[key]!r}, which is not a text; put it in quotes")
+    score = row.get("score")
+    if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float)) or not -1 <= score <= 1):
+        raise RecipeError(f"{where}: 'score' is {score!r}; give a number from -1 to 1")
     for key in ("pair", "id"):
         if isinstance(row.get(key), (dict, list)):
             raise RecipeError(f"{where}: {key!r} is {row[key]!r}; give a text or a number")
@@ -278,14 +288,9 @@ def _instances(row: dict[str, Any], where: str, index: int, source: PromptSource
     for name, system in systems.items():
         messages = _messages(row, where, system)
         made = Prompt(
-            messages,
-            None,
-            name,
-            row.get("category"),
-            row.get("split"),
-            None if pair is None else str(pair),
-            row.get("topic"),
-        )
+            messages, None, name, row.get("category"), row.get("split"), None if pair is None else str(pair),
+            row.get("topic"), row.get("score"),
+        )  # fmt: skip
         if source.chat is False:
             if len(messages) != 1 or "messages" in row:
                 raise RecipeError(f"{where}: chat: false takes plain texts, no messages and no system prompt")

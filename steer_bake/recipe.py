@@ -42,6 +42,10 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
 
 
+def _as_names(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 PromptSet = Annotated[Prompts, BeforeValidator(_path_as_mapping)]
 Sites = str | list[str]
 
@@ -53,14 +57,48 @@ class Read(_Section):
     position: str | int = "last"
 
 
+class Answers(_Section):
+    """Of the positive prompts only those whose answer (their last message) gets ``label`` from ``judge``."""
+
+    judge: str = "phrases"
+    label: str = "refusal"
+
+
+class Combine(_Section):
+    """One vector learned in the span of the directions of all categories of the positive prompts."""
+
+    epochs: Annotated[int, Field(gt=0)] = 5
+    rate: Annotated[float, Field(gt=0)] = 0.02  # of AdamW
+    batch: Annotated[int, Field(gt=0)] = 8  # prompts of each side
+    kl_weight: Annotated[float, Field(ge=0)] = 1.0
+    ridge: Annotated[float, Field(gt=0)] = 1e-4  # of the benign covariance
+    relative: bool = False  # the ridge as a multiple of trace / d
+    units: Literal["dose", "unit"] = "dose"  # what length 1 is: the mean stream norm at the site, or 1
+    seed: int = 0
+
+
 class Estimator(_Section):
-    """How a direction is computed from the labelled prompts of one set."""
+    """How a direction is computed from the labelled prompts of one set, or of several."""
 
     name: str = "mean_difference"
     positive: str
     negative: str
-    prompts: str = "train"  # which of the recipe's prompt sets
+    neutral: str | None = None  # a label: prompts that are neither
+    prompts: Annotated[list[str], BeforeValidator(_as_names)] = ["train"]  # which of the recipe's prompt sets
+    category: str | None = None  # of the positive prompts only this one
+    options: dict[str, bool | int | float | str] = {}  # the estimator's own
     orthogonal_to: str | None = None  # a label of that set: its mean activation is projected out of the direction
+    scores: Literal["prompts", "opening"] = "prompts"  # where c(x) comes from: the rows, or how the answer would open
+    threshold: Annotated[float, Field(ge=0, lt=1)] | None = (
+        None  # labels by c(x): above it positive, below -it negative
+    )
+    openings: list[str] | None = None  # how refusals begin; default: the common English ways
+    scale: Literal["natural", "quantile"] = "natural"
+    validation: Annotated[list[str], BeforeValidator(_as_names)] | None = None  # for the quantiles; default: prompts
+    answers: Answers | None = None
+    model: str | None = None  # a sibling of the recipe's model that directions are estimated on
+    separates: Annotated[float, Field(ge=0.5, le=1)] = 0.75  # how well they must then tell the sides apart in ours
+    combine: Combine | None = None
 
 
 class LoadDirection(_Section):
@@ -127,10 +165,12 @@ class Recipe(_Section):
             )
         if self.estimator and self.estimator.positive == self.estimator.negative:
             raise ValueError(f"'positive' and 'negative' are both {self.estimator.positive!r}: name two labels")
+        if self.estimator and self.estimator.combine and self.estimator.category:
+            raise ValueError("'combine' takes every category: leave out 'category'")
         for name in self.prompts:
             if name.startswith("safety/"):
                 raise ValueError(f"the prompt set {name!r} needs another name: 'safety/...' are the packaged sets")
-        named = [self.estimator.prompts] if self.estimator else []
+        named = [*self.estimator.prompts, *(self.estimator.validation or [])] if self.estimator else []
         for name in [*named, *(self.evaluate.sets if self.evaluate else [])]:
             if name not in self.prompts:
                 raise ValueError(f"there is no prompt set {name!r} under 'prompts': {did_you_mean(name, self.prompts)}")

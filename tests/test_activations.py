@@ -219,11 +219,11 @@ def test_hooks_are_removed_and_mode_restored_when_the_forward_fails(llama: Path)
 def test_statistics_hold_no_more_for_more_prompts(model: Any) -> None:
     labels = ["gloomy", "cheerful"] * 5
     for times in (1, 20):
-        sums = activations._Sums(labels * times, rows=False)
+        sums = activations._Sums(labels * times, SITES, tiny.WIDTH, False, (), None)
         reads = {site: activations._Read(torch.ones(2, tiny.WIDTH), torch.ones(2)) for site in SITES}
         for start in range(0, len(labels) * times, 2):
             sums.add([start, start + 1], reads)
-        held = sum(t.numel() for t in (*sums._vectors.values(), *sums._norms.values()))
+        held = sum(tensor.numel() for sum_ in sums._sums.values() for tensor in sum_.tensors())
         assert held == len(SITES) * 2 * (tiny.WIDTH + 1)
 
 

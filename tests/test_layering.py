@@ -11,7 +11,7 @@ import pytest
 
 #: Lowest first. A module may import its own layer and those below it; a folder counts as one module.
 LAYERS = (
-    ("errors", "llamacpp_worker", "registry", "reload_worker", "runtimes", "streaming"),
+    ("distributed", "errors", "llamacpp_worker", "registry", "reload_worker", "runtimes", "streaming"),
     ("affine", "checks", "sites"),
     ("interchange",),
     (
@@ -30,8 +30,11 @@ LAYERS = (
     ("representations",),
     ("draft", "houses"),
     ("proof",),
+    ("refusal",),
     ("activations", "steering", "plan", "recipe"),
-    ("explain", "originals"),
+    ("explain", "originals", "combination", "selection", "transfer"),
+    ("estimation",),
+    ("analysis", "configure"),
     ("manifest", "contents", "tensors", "control"),
     ("adapter",),
     ("targets", "audit"),
@@ -44,7 +47,7 @@ LAYERS = (
     ("hub",),
     ("job",),
     ("pipeline",),
-    ("display",),
+    ("display", "figures"),
     ("cli",),
     ("__main__",),
 )

@@ -264,7 +264,7 @@ def test_a_stage_that_was_interrupted_is_run_again(
 def test_what_is_wrong_is_found_before_the_model_is_loaded_and_leaves_no_folder(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], error: type[SteerBakeError]
 ) -> None:
-    monkeypatch.setattr("steer_bake.job.load_model", lambda *_, **__: pytest.fail("the weights were loaded"))
+    monkeypatch.setattr("steer_bake.estimation.load_model", lambda *_, **__: pytest.fail("the weights were loaded"))
     with pytest.raises(error):
         pipeline.run(jobs.write_recipe(tmp_path, llama, **changes), tmp_path / "runs" / "one")
     assert not (tmp_path / "runs").exists()

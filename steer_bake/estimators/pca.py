@@ -13,6 +13,7 @@ from ..errors import RecipeError
 from . import Statistics
 
 NEEDS_ROWS = True
+PAIRED = True
 
 
 def pca(positive: Statistics, negative: Statistics) -> tuple[Tensor, float]:

@@ -56,8 +56,10 @@ def intervene(
 ) -> Intervention:
     """The intervention ``name`` (a file of this folder) with ``direction`` at ``site``.
 
-    The amount is ``coefficient`` times ``direction.scale`` (units ``scale``), 1 (``unit``) or the mean stream norm
-    where the direction was read (``dose``). For ``ablate`` the coefficient is lambda itself.
+    The amount is ``coefficient`` times ``direction.scale`` (units ``scale``; of a direction with two, the one for the
+    coefficient's sign), 1 (``unit``) or the mean stream norm where the direction was read (``dose``). For ``ablate``
+    the coefficient is lambda itself; a clamp counts from ``direction.neutral`` where that is known (the reposition of
+    Refusal Steering, arXiv 2512.16602: ``h - <h - o, v> v + alpha s v``).
 
     Raises:
         RecipeError: an unknown name or unit, a coefficient that is no finite number, or ``dose`` without a known norm.
@@ -72,8 +74,11 @@ def intervene(
             "units 'dose' needs the mean stream norm, which this direction does not carry; use a direction that "
             "steer-bake extracted, or units 'unit' or 'scale'"
         )
-    factors = {"scale": direction.scale, "unit": 1.0, "dose": direction.stream_norm or 0.0}
+    scale = direction.scale_negative if coefficient < 0 and direction.scale_negative is not None else direction.scale
+    factors = {"scale": scale, "unit": 1.0, "dose": direction.stream_norm or 0.0}
     amount = coefficient if name == "ablate" else coefficient * factors[units]
+    if name == "clamp" and direction.neutral is not None:
+        amount += direction.neutral
     norm = direction.stream_norm if direction.site == site else None
     return Intervention(site, function(direction.vector, amount), name, amount, norm, direction)
 
