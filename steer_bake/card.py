@@ -274,7 +274,7 @@ def _loading(folder: Path, plan: Mapping[str, Any], repo: str | None) -> list[di
             "name": one.name,
             "version": one.version,
             "loads": None if needs is None else one.loads(plan["model_type"], needs),
-            "command": STARTING.get(one.name, "").format(path=repo or folder, folder=folder.name),
+            "command": STARTING.get(one.name, "").format(path=repo or folder, folder=Path(repo or folder).name),
         }
         for one in runtimes()
     ]

@@ -110,7 +110,7 @@ class Distance:
     def kl_error(self) -> float:
         """Standard error of the mean KL over these tokens."""
         mean = self.kl / self.tokens
-        return (max(0.0, self.kl_squares / self.tokens - mean**2) / self.tokens) ** 0.5
+        return math.sqrt(max(0.0, self.kl_squares / self.tokens - mean * mean) / self.tokens)
 
     def gap(self) -> Gap:
         std = (self.squares / self.numbers - (self.total / self.numbers) ** 2) ** 0.5

@@ -7,6 +7,7 @@ vocab] go to ``logits.safetensors``. The vectors are laid out as llama.cpp's own
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -43,8 +44,7 @@ def logits(llm: Any, rows: list[list[int]]) -> list[np.ndarray[Any, Any]]:
 
 def plain_kernels() -> None:
     """Leave weights as the file has them: kernels for repacked ones (AMX) crash on some virtual machines."""
-    from llama_cpp import llama_cpp as low
-
+    low: Any = importlib.import_module("llama_cpp.llama_cpp")
     defaults = low.llama_model_default_params
 
     def without() -> Any:
@@ -57,8 +57,7 @@ def plain_kernels() -> None:
 
 
 def main(job_file: str) -> None:
-    import llama_cpp
-
+    llama_cpp: Any = importlib.import_module("llama_cpp")
     plain_kernels()
     job = json.loads(Path(job_file).read_text())
     rows = job["rows"]
