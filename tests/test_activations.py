@@ -100,7 +100,7 @@ def test_result_does_not_depend_on_batches_order_or_sharing(
     shuffled = random.Random(0).sample(range(len(encoded)), len(encoded))
     other = collect(model, layout(model), [encoded[i] for i in shuffled], [labels[i] for i in shuffled], SITES)
     assert all(same(other[site][label].mean, plain[site][label].mean) for site in SITES for label in plain[site])
-    monkeypatch.setattr(activations, "_can_share", lambda model: False)
+    monkeypatch.setattr(activations, "keeps_keys_and_values", lambda model: False)
     other = collect(model, layout(model), encoded, labels, SITES)
     assert all(same(other[site][label].mean, plain[site][label].mean) for site in SITES for label in plain[site])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -71,6 +72,46 @@ def test_two_processes_give_the_directions_of_one(llama: Path, tmp_path: Path, n
     both = extracted(file, tmp_path / "two.safetensors", processes=2)
     assert 0 <= far(alone, both) <= 1e-5
     assert [one.stream_norm for one in alone] == pytest.approx([one.stream_norm for one in both], rel=1e-6)
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from steer_bake import activations, architectures, distributed
+from steer_bake.models import load_model
+from steer_bake.prompts import Prompt, encode
+from steer_bake.models import load_tokenizer
+from steer_bake.sites import Site
+
+folder, out = map(Path, sys.argv[1:])
+with distributed.joined("cpu"):
+    model, totals = load_model(folder, dtype="float32"), []
+    encoded = encode(load_tokenizer(folder), [Prompt((("user", f"Count to {n}."),)) for n in range(9)])
+    site = Site("resid_post", 1)
+    found = activations.collect(
+        model, architectures.layout(model.config), encoded, ["a"] * 9, [site], rows=True,
+        progress=lambda done, total: totals.append(total),
+    )[site]["a"]
+    rank = distributed.rank()
+    (out / f"{rank}.json").write_text(json.dumps({"prompts": totals[-1], "rows": found.rows.tolist()}))
+"""
+
+
+def test_each_process_runs_its_own_prompts_and_knows_the_rows_of_all(llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "worker.py"), str(llama), str(tmp_path)],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    assert [one["prompts"] for one in found] == [5, 4], "neither process ran all nine"
+    assert found[0]["rows"] == found[1]["rows"]
+    rows = torch.tensor(found[0]["rows"])
+    assert rows.shape == (9, tiny.WIDTH)
+    assert all(bool(row.any()) for row in rows)
+    assert len({tuple(row.tolist()) for row in rows}) == 9
 
 
 def test_each_process_reads_its_own_share(monkeypatch: pytest.MonkeyPatch) -> None:
