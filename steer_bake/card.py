@@ -268,13 +268,13 @@ def _gaps(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
 
 def _loading(folder: Path, plan: Mapping[str, Any], repo: str | None) -> list[dict[str, Any]]:
     """Every runtime: whether it loads what the plan adds, and how it is started."""
-    needs = _needs(folder, plan)
+    needs, local = _needs(folder, plan), Path(repo or folder).name
     return [
         {
             "name": one.name,
             "version": one.version,
             "loads": None if needs is None else one.loads(plan["model_type"], needs),
-            "command": STARTING.get(one.name, "").format(path=repo or folder, folder=Path(repo or folder).name),
+            "command": STARTING.get(one.name, "").format(path=repo or folder, folder=local),
         }
         for one in runtimes()
     ]

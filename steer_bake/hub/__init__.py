@@ -8,6 +8,7 @@ The parts, lowest first:
     items         the files that make up a repository, and what of them the hub has already
     certificate   does the certificate hold for exactly these bytes
     account       who is asking, what they may do, what the base's licence says
+    place         where it goes, and what stands in the way
     upload        one commit: uploads, copies on the server, deletions; then every checksum
     publish       the whole of it on one screen
 """

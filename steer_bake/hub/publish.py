@@ -4,7 +4,7 @@ one commit, every checksum."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,16 @@ from huggingface_hub.errors import RevisionNotFoundError
 from .. import __version__, card, manifest, safety
 from ..baked import find_base
 from ..checkpoint import RemoteFiles
-from ..contents import check_others, is_loaded
+from ..contents import check_others
 from ..errors import PublishError, RecipeError, did_you_mean
 from ..manifest import Manifest
 from ..models import open_remote
 from ..stages import Progress, silent
 from . import account, certificate
-from .account import Account, There
 from .items import CARD, Away, Item, Move, files_of, hashed, is_there, made, moves, tree
+from .place import Place, find_place, origin
 from .talk import ask, clean, without_bars
 from .upload import Branch, Settled, cannot_copy, check_copies, fetched
-
-Note = Callable[[str], None]
 
 #: On the card and in the commit: who made it.
 TITLE = "Steered with steer-bake"
@@ -93,7 +91,7 @@ def push(
         PublishError: what is in the way, and what to do about it. Nothing is published by halves.
         CheckpointError: the folder is damaged, or its shards are on the hub and ``from_base`` is not set.
     """
-    folder, notes = Path(folder), list[str]()
+    folder = Path(folder)
     if certified not in certificate.LEVELS:
         raise RecipeError(f"no certificate {certified!r}: {did_you_mean(certified, certificate.LEVELS)}")
     if create_pr and revision != "main":
@@ -107,31 +105,17 @@ def push(
     items = _items(folder, found, progress)
     with without_bars():
         proof = _certificate(folder, found, report, items, certified, progress)
-        api = HfApi(library_name="steer-bake", library_version=__version__)
-        me = account.who(api)
-        repo = account.full_name(repo, me)
-        there = account.look(api, repo)
-        account.check_may_write(api, repo, me, there, create_pr=create_pr)
-        _check_target(repo, found, there, create_pr=create_pr)
-        base = account.base_on_hub(api, found.base["hub_id"] or found.base["original"])
-        proposed = there is not None and create_pr  # it is as private as what it is proposed to
-        hidden = there.private if there and proposed else _private(repo, there, private, gated=base.gated)
-        terms = account.licence(base, found.base["hub_id"] or found.base["original"], licence)
-        published = card.Publication(repo, terms, acknowledged, proof, reduced=refusals.state == "fell")
+        place = find_place(found, repo, private, revision, create_pr=create_pr)
+        terms = account.licence(place.base, origin(found), licence)
+        published = card.Publication(place.repo, terms, acknowledged, proof, reduced=refusals.state == "fell")
         items[CARD] = _card(folder, None if proof else report, evaluation, template, published)
-        items |= _made_here(found, repo, proof or report)
-        wanted = [items[path] for path in sorted(items)]
+        items |= _made_here(found, place.repo, proof or report)
+        wanted, notes = [items[path] for path in sorted(items)], list[str]()
         if from_base:
-            wanted, why = _from_base(api, found, wanted)
-            notes += [why] if why else []
+            wanted, notes = _from_base(place.api, found, wanted)
         if dry_run:
-            there_now = {} if there is None else _tree_if_any(api, repo, revision)
-            head = None if there is None else there.commit
-            return Pushed(
-                repo, f"{api.endpoint}/{repo}", revision, head, None, hidden, there is None, False, certified,
-                tuple(_moves(wanted, there_now, notes)), tuple(notes),
-            )  # fmt: skip
-        return _publish(api, me, repo, wanted, found, there, revision, hidden, create_pr, certified, notes, progress)
+            return _pushed(place, certified, _moves(place, wanted, notes), notes)
+        return _publish(place, wanted, found, certified, notes, progress)
 
 
 # --- what is published
@@ -227,37 +211,17 @@ def _validate(text: str) -> None:
 
 def _made_here(found: Manifest, repo: str, proof: Mapping[str, Any] | None) -> dict[str, Item]:
     """Files that are other ones on the hub: without names of folders on this machine."""
-    base, origin = dict(found.base), found.base["hub_id"] or found.base["original"]
+    base = dict(found.base)
     items = {}
     if base["folder"]:
         content = {**found.content, "base": {**base, "folder": None, "name": Path(base["name"]).name}}
         text = json.dumps(content, indent=2) + "\n"
         items[manifest.JSON_FILE] = made(manifest.JSON_FILE, text.encode())
-    told = {**(proof or {}), "folder": repo, "base": origin or Path(base["name"]).name}
+    told = {**(proof or {}), "folder": repo, "base": origin(found) or Path(base["name"]).name}
     return items | {certificate.FILE: made(certificate.FILE, (json.dumps(told, indent=2) + "\n").encode())}
 
 
 # --- where it goes
-
-
-def _check_target(repo: str, found: Manifest, there: There | None, *, create_pr: bool) -> None:
-    """Refuse to write over another model, and over the base above all."""
-    if there is None or create_pr:
-        return
-    other = sorted(path for path in there.files if is_loaded(path) and not path.startswith("."))
-    if repo == found.base["hub_id"] or (other and manifest.JSON_FILE not in there.files):
-        what = "the base itself" if repo == found.base["hub_id"] else f"another model ({other[0]}), not one of ours"
-        raise PublishError(f"{repo} is {what}: choose another name, or propose the change with --create-pr")
-
-
-def _private(repo: str, there: There | None, wanted: bool | None, *, gated: bool) -> bool:
-    """Whether the repository is private; refuses to make a private wish public."""
-    if there is None:
-        return gated if wanted is None else wanted
-    if there.private or wanted is False or not (gated or wanted):
-        return there.private
-    why = "--private was asked for" if wanted else "the base is gated, so that its copies are private by default"
-    raise PublishError(f"{repo} is there and public, and {why}: make it private in its settings, or push with --public")
 
 
 def _tree_if_any(api: HfApi, repo: str, revision: str) -> Any:
@@ -270,12 +234,14 @@ def _tree_if_any(api: HfApi, repo: str, revision: str) -> Any:
     return ask(f"reading {repo}", look)
 
 
-def _moves(items: list[Item], there: Any, notes: list[str]) -> list[Move]:
+def _moves(place: Place, items: list[Item], notes: list[str]) -> tuple[Move, ...]:
     """What a dry run shows; with ``notes``, nothing is copied."""
-    return [replace(one, how="upload") if one.how == "copy" and notes else one for one in moves(items, there)]
+    there = {} if place.there is None else _tree_if_any(place.api, place.repo, place.revision)
+    found = moves(items, there)
+    return tuple(replace(one, how="upload") if one.how == "copy" and notes else one for one in found)
 
 
-def _from_base(api: HfApi, found: Manifest, items: list[Item]) -> tuple[list[Item], str]:
+def _from_base(api: HfApi, found: Manifest, items: list[Item]) -> tuple[list[Item], list[str]]:
     """The same items, those that the base's repository has too lying there; and why not, where it cannot copy."""
     hub_id, commit = found.base["hub_id"], found.base["revision"]
     if not hub_id or not commit:
@@ -289,30 +255,25 @@ def _from_base(api: HfApi, found: Manifest, items: list[Item]) -> tuple[list[Ite
         for one in items
     ]
     why = check_copies(api, copied)
-    if not why:
-        return copied, ""
-    here = {one.path: one for one in items}
-    return [here[one.path] for one in copied], f"{why}: it goes through this machine instead"
+    return (items, [f"{why}: it goes through this machine instead"]) if why else (copied, [])
 
 
 # --- publishing
 
 
 def _publish(
-    api: HfApi, me: Account, repo: str, items: list[Item], found: Manifest, there: There | None, revision: str,
-    hidden: bool, create_pr: bool, certified: str, notes: list[str], progress: Progress,
-) -> Pushed:  # fmt: skip
-    title = f"{TITLE} ({found.content['plan_sha256'][:12]})"
-    if there is None:
-        ask(f"creating {repo}", lambda: api.create_repo(repo, private=hidden, exist_ok=True))
+    place: Place, items: list[Item], found: Manifest, certified: str, notes: list[str], progress: Progress
+) -> Pushed:
+    api, repo, revision = place.api, place.repo, place.revision
+    title, pull = f"{TITLE} ({found.content['plan_sha256'][:12]})", None
+    if place.there is None:
+        ask(f"creating {repo}", lambda: api.create_repo(repo, private=place.private, exist_ok=True))
     if revision != "main" and not revision.startswith("refs/"):
         ask(f"making the branch {revision}", lambda: api.create_branch(repo, branch=revision, exist_ok=True))
-    url, pull = f"{api.endpoint}/{repo}", None
-    if create_pr:
+    if place.create_pr:
         now = ask(f"reading {repo}", lambda: tree(api, repo, "main"))
-        if not all(is_there(one, now) for one in items):
-            pull = _pull_request(api, repo, title, me)
-            revision = f"refs/pr/{pull}"
+        pull = None if all(is_there(one, now) for one in items) else _pull_request(place, title)
+        revision = f"refs/pr/{pull}" if pull else revision
     with progress("publishing") as advance:
         total = sum(one.size for one in items)
         advance(0, total)
@@ -322,9 +283,19 @@ def _publish(
         advance(total, total)
     if any(isinstance(one.source, Away) for one in items):
         _check_headers(repo, settled.commit, found)
+    done = _pushed(place, certified, settled.moves, notes)
+    request = f"{place.url}/discussions/{pull}" if pull else None
+    return replace(
+        done, revision=revision, commit=settled.commit, committed=settled.committed, pull_request=request
+    )  # fmt: skip
+
+
+def _pushed(place: Place, certified: str, moved: tuple[Move, ...], notes: list[str]) -> Pushed:
+    """The account of a publication that has not taken place yet."""
+    head = None if place.there is None else place.there.commit
     return Pushed(
-        repo, url, revision, settled.commit, f"{url}/discussions/{pull}" if pull else None, hidden, there is None,
-        settled.committed, certified, settled.moves, tuple(notes),
+        place.repo, place.url, place.revision, head, None, place.private, place.there is None, False, certified, moved,
+        tuple(notes),
     )  # fmt: skip
 
 
@@ -338,11 +309,12 @@ def _settled(branch: Branch, items: list[Item], title: str, notes: list[str]) ->
         return branch.settle(fetched(items), title)
 
 
-def _pull_request(api: HfApi, repo: str, title: str, me: Account) -> int:
+def _pull_request(place: Place, title: str) -> int:
     """The number of this plan's pull request: the open one, or a new one."""
+    api, repo = place.api, place.repo
 
     def open_or_new() -> int:
-        for one in api.get_repo_discussions(repo, author=me.name, discussion_type="pull_request"):
+        for one in api.get_repo_discussions(repo, author=place.me.name, discussion_type="pull_request"):
             if one.title == title and one.status in ("draft", "open"):
                 return int(one.num)
         return int(api.create_pull_request(repo, title=title, description=f"{TITLE} {__version__}").num)
