@@ -4,7 +4,7 @@ one commit, every checksum."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ from .account import Account, There
 from .items import CARD, Away, Item, Move, files_of, hashed, is_there, made, moves, tree
 from .talk import ask, clean, without_bars
 from .upload import Branch, Settled, cannot_copy, check_copies, fetched
-
-Note = Callable[[str], None]
 
 #: On the card and in the commit: who made it.
 TITLE = "Steered with steer-bake"
