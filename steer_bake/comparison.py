@@ -242,10 +242,10 @@ class Comparison:
     def legs(self) -> dict[str, Gap]:
         found = {self._exact_leg: self.exact.gap()} if "float32" in self.loaded else {}
         found |= {route: distance.gap() for route, distance in self.routes.items()}
-        return found | ({"storage": _middle(self.storage).gap()} if "storage" in self.loaded else {})
+        return found | ({"storage": middle(self.storage).gap()} if "storage" in self.loaded else {})
 
     def floor_kl(self) -> float | None:
-        return _middle(self.floor).gap().kl if "storage" in self.loaded else None
+        return middle(self.floor).gap().kl if "storage" in self.loaded else None
 
     def checks(self) -> Iterator[Check]:
         if "float32" in self.loaded:
@@ -297,7 +297,7 @@ class Comparison:
 
     def _rounding(self) -> Check:
         margin = ADAPTER_MARGIN if self.plan.target == "lora" else NOISE_MARGIN
-        stored, hooked = _middle(self.storage), _middle(self.floor)
+        stored, hooked = middle(self.storage), middle(self.floor)
         kl, floor = stored.gap().kl, hooked.gap().kl
         known = self.exact.gap().kl if self.plan.is_approximate and "float32" in self.loaded else 0.0
         # Small divergences are squared distances: two that are independent of each other add up under the root at most.
@@ -317,7 +317,7 @@ def _draws() -> list[Distance]:
     return [Distance() for _ in range(DRAWS)]
 
 
-def _middle(draws: list[Distance]) -> Distance:
+def middle(draws: list[Distance]) -> Distance:
     """The draw with the median KL."""
     return sorted(draws, key=lambda one: one.kl)[len(draws) // 2]
 

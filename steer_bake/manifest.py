@@ -47,12 +47,12 @@ class Manifest:
     @property
     def prefer(self) -> str:
         """The planner's preference; an older manifest names none."""
-        return str(self.content["plan"].get("prefer", "smallest"))
+        return _of_plan(self.content, "prefer")
 
     @property
     def target(self) -> str:
         """What was written: a checkpoint, or something to go beside one."""
-        return str(self.content["plan"].get("target", "checkpoint"))
+        return _of_plan(self.content, "target")
 
     @property
     def base(self) -> Mapping[str, Any]:
@@ -83,20 +83,28 @@ def exists(folder: Path) -> bool:
 
 def preference(folder: Path) -> str:
     """What the plan of a baked folder preferred; ``"smallest"`` where it does not say."""
-    return _of_plan(folder, "prefer", "smallest")
+    return _of_plan(_content(folder), "prefer")
 
 
 def target(folder: Path) -> str:
     """What the plan of a baked folder was for; ``"checkpoint"`` where it does not say."""
-    return _of_plan(folder, "target", "checkpoint")
+    return _of_plan(_content(folder), "target")
 
 
-def _of_plan(folder: Path, key: str, otherwise: str) -> str:
+def _content(folder: Path) -> Any:
+    """``steering.json`` as far as it can be read: what is damaged is for :func:`read` to say."""
     try:
-        found = json.loads((folder / JSON_FILE).read_text())["plan"][key]
-    except (OSError, ValueError, LookupError, TypeError):
-        return otherwise
-    return str(found)
+        return json.loads((folder / JSON_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _of_plan(content: Any, key: str) -> str:
+    """What the plan says of ``key``; where it says nothing, what older ones meant."""
+    try:
+        return str(content["plan"][key])
+    except (LookupError, TypeError):
+        return {"prefer": "smallest", "target": "checkpoint"}[key]
 
 
 def write(

@@ -418,15 +418,6 @@ def _pieces(where: _Where, affine: Affine, base: Base) -> list[Piece]:
     return pieces
 
 
-def held(piece: Piece, base: Base) -> dict[str, Holding]:
-    """Every representation that holds ``piece`` exactly, by name.
-
-    Raises:
-        NotFoldable: none does; the message has the reason of each.
-    """
-    return _tried(piece, base, CHECKPOINT)[0]
-
-
 def _representations(target: str) -> dict[str, Callable[[Piece, Base], Holding | None]]:
     return {
         name: representation
@@ -436,7 +427,11 @@ def _representations(target: str) -> dict[str, Callable[[Piece, Base], Holding |
 
 
 def _tried(piece: Piece, base: Base, target: str) -> tuple[dict[str, Holding], dict[str, str]]:
-    """:func:`held`, and by name why the other representations do not hold it."""
+    """Every representation that holds ``piece`` exactly, by name, and why the others do not.
+
+    Raises:
+        NotFoldable: none does; the message has the reason of each.
+    """
     reasons, found = {}, {}
     for name, representation in _representations(target).items():
         try:

@@ -247,7 +247,7 @@ def test_a_bake_of_four_gigabytes_without_weights_sends_none(
 ) -> None:
     fine(client("bake", "org/big", "--vector", vector, *SITE, "-o", tmp_path / "out", "--no-download", "--json"))
     base = Checkpoint.open(hub.root / "org" / "big")
-    for one in hub.requests(r"\.safetensors"):
+    for one in hub.requests(r"\.safetensors($|\?)"):  # not the index, which another test may have cached
         if one.sent:
             begin, end = map(int, one.headers["range"].removeprefix("bytes=").split("-"))
             assert end < base.headers[one.file].start, "header bytes and nothing else"

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from steer_bake.checkpoint import Checkpoint
-from steer_bake.comparison import Distance
+from steer_bake.comparison import Distance, middle
 from steer_bake.errors import ValidationFailed
 from steer_bake.interventions import Intervention
-from steer_bake.reload_worker import load_strict
+from steer_bake.reload_worker import load_strict, logits, nudged
 from steer_bake.validate import Report, validate
 
 from . import tiny
@@ -232,6 +232,42 @@ def test_the_certificate_fails_and_says_where(
     if mutation in ("bias of the wrong layer", "sign flipped", "coefficient off by 1 %"):
         # It loads without a complaint; the function itself must be found wrong too, not only the tensor.
         assert not {check.name: check for check in report.checks}["function, constants (float32)"].passed
+
+
+@pytest.mark.tampered
+def test_the_published_file_in_its_own_dtype_is_compared_too(
+    good: dict[str, Path], tied_llama: Path, tmp_path: Path
+) -> None:
+    """Of edited matrices the float32 leg reads a copy made for it: what only the file carries shows in this leg."""
+
+    def blur(tensors: dict[str, torch.Tensor]) -> None:
+        noise = torch.randn(tensors[MATRIX].shape, generator=torch.Generator().manual_seed(0))
+        tensors[MATRIX] = (tensors[MATRIX].float() * (1 + 0.05 * noise)).to(tensors[MATRIX].dtype)
+
+    folder = shutil.copytree(good["combined"], tmp_path / "blurred")
+    _change(folder, blur, MATRIX)
+    checks = {check.name: check.passed for check in report_of(folder, tied_llama, COMBINED).checks}
+    assert checks["function, rank_one (float32)"]
+    assert not checks["function, storage dtype"]
+
+
+def test_draws_differ_by_rounding_and_leave_the_model_as_it_was(llama: Path) -> None:
+    model, _ = load_strict(str(llama), "bfloat16")
+    plain = logits(model, ROWS, PAD)
+    found = []
+    for draw in (0, 1, 2, 1):
+        with nudged(model, draw):
+            found.append(logits(model, ROWS, PAD))
+    assert torch.equal(found[0], plain)
+    assert torch.equal(found[1], found[3])
+    assert torch.equal(logits(model, ROWS, PAD), plain)
+    for one, other in ((1, 0), (2, 0), (1, 2)):
+        assert 0 < (found[one] - found[other]).abs().max() / plain.std() < 0.2
+
+
+def test_of_several_draws_the_median_counts() -> None:
+    draws = [Distance(kl=kl, tokens=1) for kl in (3.0, 1.0, 2.0)]
+    assert middle(draws) is draws[2]
 
 
 @pytest.mark.parametrize("batches", [("nan", "finite"), ("finite", "nan")])

@@ -24,7 +24,7 @@ from .edit import Appended, Diagonal, Edit, Rows
 from .folder import CONFIG, INDEX, Checkpoint, check_complete
 from .header import TensorInfo
 from .pieces import recompute
-from .publishing import check_room, publish
+from .publishing import check_outside, check_room, publish
 from .remote import RemoteFiles
 from .writing import check_no_weights, write_edited
 
@@ -42,6 +42,7 @@ __all__ = [
     "TensorInfo",
     "check_complete",
     "check_no_weights",
+    "check_outside",
     "check_room",
     "goes_along",
     "publish",

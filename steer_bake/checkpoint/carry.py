@@ -106,12 +106,12 @@ def carry(source: Path, target: Path, patterns: Sequence[str] = CARRIED) -> list
     records = []
     for path in sorted(source.iterdir()):
         if path.is_file() and goes_along(path.name, patterns):
-            records.append(_written(target / path.name, path.read_bytes(), "copied", lfs_sha256(path)))
+            records.append(write_file(target / path.name, path.read_bytes(), "copied", lfs_sha256(path)))
     templates = source / "additional_chat_templates"
     if templates.is_dir() and patterns is CARRIED:
         (target / templates.name).mkdir()
         for path in sorted(templates.glob("*.jinja")):
-            record = _written(target / templates.name / path.name, path.read_bytes(), "copied", lfs_sha256(path))
+            record = write_file(target / templates.name / path.name, path.read_bytes(), "copied", lfs_sha256(path))
             records.append(record)
     return records
 
@@ -125,10 +125,11 @@ def goes_along(name: str, patterns: Sequence[str] = CARRIED) -> bool:
 
 def write_json(path: Path, value: dict[str, Any]) -> FileRecord:
     """Write ``value`` as transformers writes its JSON files: two spaces, a newline at the end."""
-    return _written(path, (json.dumps(value, indent=2) + "\n").encode(), "written", None)
+    return write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def _written(path: Path, data: bytes, how: str, lfs: str | None) -> FileRecord:
+def write_file(path: Path, data: bytes, how: str = "written", lfs: str | None = None) -> FileRecord:
+    """Write ``data`` to a file that is not there yet."""
     with open(path, "xb") as file:
         file.write(data)
     return FileRecord(path.name, len(data), how, hashlib.sha256(data).hexdigest(), None, lfs)

@@ -64,6 +64,12 @@ def publish(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
 
 
+def check_outside(base: Path, out: Path) -> None:
+    """Raise CheckpointError where ``out`` is the folder ``base`` or lies in it."""
+    if out.absolute() == base.absolute() or base.absolute() in out.absolute().parents:
+        raise CheckpointError(f"{out} lies in the base model's own folder; choose a place outside {base}")
+
+
 def check_room(folder: Path, needed: int) -> None:
     """Raise CheckpointError where the file system of ``folder`` has clearly less than ``needed`` bytes free."""
     free = _free(folder)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import manifest, originals
-from ..checkpoint import Checkpoint, publish, write_edited
+from ..checkpoint import Checkpoint, check_outside, publish, write_edited
 from ..errors import CheckpointError
 from ..models import ModelRef
 from ..plan import Plan
@@ -29,8 +29,7 @@ def checkpoint(
     Raises:
         CheckpointError: ``out`` is in the way, the base was baked before and ``stack`` is not set, or writing failed.
     """
-    if out.absolute() == base.folder.absolute() or base.folder.absolute() in out.absolute().parents:
-        raise CheckpointError(f"{out} lies in the base model's own folder; choose a place outside {base.folder}")
+    check_outside(base.folder, out)
     before = None
     if manifest.exists(base.folder):
         if not stack:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import save as to_bytes
 
 from .. import adapter, manifest
-from ..checkpoint import Checkpoint, FileRecord, publish
-from ..checkpoint.carry import LICENCES, carry, write_json
-from ..errors import CheckpointError
+from ..checkpoint import Checkpoint, check_outside, publish
+from ..checkpoint.carry import LICENCES, carry, write_file, write_json
 from ..models import ModelRef, is_commit
 from ..originals import beside
 from ..plan import Plan
@@ -43,8 +41,7 @@ def lora(
         CheckpointError: ``out`` is in the way or cannot be written, the base has other bytes than its commit, or its
             matrices are needed and were left on the hub.
     """
-    if out.absolute() == base.folder.absolute() or base.folder.absolute() in out.absolute().parents:
-        raise CheckpointError(f"{out} lies in the base model's own folder; choose a place outside {base.folder}")
+    check_outside(base.folder, out)
     total, done = max(1, sum(base.tensors[one.source].nbytes for one in plan.edits if one.source)), 0
 
     def advance(size: int) -> None:
@@ -61,8 +58,6 @@ def lora(
         content = adapter.config(plan, base, name, ref.revision if proven else None)
         records.append(write_json(folder / adapter.CONFIG, content))
         data = to_bytes(adapter.tensors(plan, base, advance), metadata={"format": "pt"})
-        (folder / adapter.WEIGHTS).write_bytes(data)
-        digest = hashlib.sha256(data).hexdigest()
-        records.append(FileRecord(adapter.WEIGHTS, len(data), "written", digest, None, None))
+        records.append(write_file(folder / adapter.WEIGHTS, data))
         manifest.write(folder, plan, ref, records, beside(base), recipe=recipe)
     return out
