@@ -16,7 +16,7 @@ from . import architectures, registry
 from .affine import Affine, compose
 from .architectures import SLOTS
 from .checkpoint import Checkpoint, Edit
-from .draft import Draft, Numbered, merge
+from .draft import Draft, merge
 from .errors import CheckpointError, NotFoldable, RecipeError, did_you_mean
 from .houses import Housed, hosts, housed
 from .interventions import Intervention, in_forward_order
@@ -253,26 +253,13 @@ def _planned(
 ) -> Plan:
     view = Base(base, architectures.layout(base.config), approximate)
     ordered = in_forward_order(interventions)
-    found = offers(view, ordered, target)
-    try:
-        decisions, numbered = _settled(found, view, prefer)
-    except NotFoldable:
-        # What each piece alone could be held by may not go together, or this config cannot count more layers.
-        others = [offer.without_layers() for offer in found]
-        if not all(offer.options for offer in others):
-            raise
-        decisions, numbered = _settled(others, view, prefer)
-    edits, config_changes, constants, rename, moved = numbered
+    draft, decisions = choose(offers(view, ordered, target), view, prefer)
+    draft.complete()
+    edits, config_changes, constants, rename, moved = draft.numbered()
     return Plan(
         str(base.config["model_type"]), tuple(ordered), tuple(decisions), edits, config_changes, prefer, constants,
         rename, moved, target=target,
     )  # fmt: skip
-
-
-def _settled(found: Iterable[Offer], base: Base, prefer: str) -> tuple[list[Decision], Numbered]:
-    draft, decisions = choose(found, base, prefer)
-    draft.complete()
-    return decisions, draft.numbered()
 
 
 @dataclass(frozen=True, eq=False)
@@ -284,10 +271,6 @@ class Offer:
     piece: Piece
     options: Mapping[str, Holding]
     refused: Mapping[str, str]  # why other representations that are for such pieces do not hold it
-
-    def without_layers(self) -> Offer:
-        """The same piece, held by what adds no layer only."""
-        return replace(self, options={name: one for name, one in self.options.items() if one.extra is None})
 
 
 def offers(base: Base, ordered: Iterable[Intervention], target: str = CHECKPOINT) -> list[Offer]:
