@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from .display import progress
 from .errors import SteerBakeError, did_you_mean
 
 if TYPE_CHECKING:
+    from .confidence import Aim
     from .interventions import Intervention
 
 _recipe = click.argument("recipe", type=click.Path(path_type=Path))
@@ -649,6 +651,79 @@ def agree(file: Path, names: Sequence[str], options: Sequence[str], show: bool, 
         display.agreement(name, found, show)
 
 
+@main.command(short_help="Measure how surely a model refuses each prompt of a set.")
+@click.argument("model")
+@click.argument("prompts")
+@click.option("-o", "--out", type=click.Path(path_type=Path), required=True, help="The prompts with scores, JSONL.")
+@click.option("--judge", default="phrases", show_default=True, help="Who labels the answers.")
+@click.option("--option", "options", multiple=True, metavar="KEY=VALUE", help="What the judge takes; see 'agree'.")
+@click.option("--samples", type=click.IntRange(min=1), default=5, show_default=True, help="Answers to each prompt.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="tau: how much likely answers weigh.")
+@click.option(
+    "--aim", type=click.Choice(["answer", "refusal"]), default="answer", show_default=True,
+    help="What the model is to be steered to; incoherent answers count as the other.",
+)  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True)
+@_device
+@_dtype
+@_dry_run
+@_json
+def score(
+    model: str, prompts: str, out: Path, judge: str, options: tuple[str, ...], samples: int, max_new_tokens: int,
+    temperature: float, aim: Aim, seed: int, device: str, dtype: str, dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """Sample answers of MODEL to PROMPTS, have them judged, and write the prompts with their refusal confidence.
+
+    The confidence c(x), from -1 (always answered) to 1 (always refused), is the paper's on Refusal Steering; recipes
+    read it from the rows. Answers are not kept. A run that broke off goes on where it was. Under torchrun every process
+    asks its share of the prompts.
+
+    \b
+    Examples:
+      steer-bake score smollm2-135m selective/validation -o scored.jsonl
+      torchrun --standalone --nproc-per-node 2 -m steer_bake score org/name prompts.jsonl -o scored.jsonl \\
+          --judge llm --option model=my-judge --option endpoint=http://127.0.0.1:8000/v1
+    """
+    from dataclasses import replace
+
+    from . import distributed, judges, scoring
+    from .models import load_model, load_tokenizer, pick_device, resolve
+    from .prompts import save
+    from .recipe import Prompts
+    from .stages import silent
+
+    given = _judge_options(judge, (judge,), options)
+    judges.make(judge, given)  # refused, if at all, before long work
+    rows = Prompts(path=prompts).load(Path())
+    if dry_run:
+        display.note(f"would sample {len(rows)} x {samples} answers of {model} and write {out}")
+        return
+    with distributed.joined(pick_device(device)) as own:
+        seen = progress if distributed.is_first() else silent
+        with seen("fetching the model") as advance:
+            ref = resolve(model, progress=advance)
+        loaded, tokenizer = load_model(ref.folder, dtype=dtype, device=own), load_tokenizer(ref.folder)
+        notes = out.with_name(f".{out.name}.votes")
+        with seen("asking") as advance:
+            found = scoring.score(
+                loaded, tokenizer, rows, judges.make(judge, given), notes,
+                made_by=json.dumps([ref.name, ref.revision, judge, given]), samples=samples,
+                max_new_tokens=max_new_tokens, temperature=temperature, aim=aim, seed=seed, progress=advance,
+            )  # fmt: skip
+        if not distributed.is_first():
+            return
+        save([replace(row, score=one.value) for row, one in zip(rows, found, strict=True)], out)
+        scoring.forget(notes)
+    mean = sum(one.value for one in found) / len(found)
+    labels = Counter(label for one in found for label in one.labels)
+    if as_json:
+        display.as_json({"prompts": len(rows), "mean": mean, "labels": dict(labels)})
+    else:
+        votes = ", ".join(f"{count} {label}" for label, count in sorted(labels.items()))
+        display.note(f"mean refusal confidence {mean:.3f} of {len(rows)} prompts ({votes}); written to {out}")
+
+
 @main.command(short_help="Draw and tell what a recipe's directions are like.")
 @_recipe
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Folder; default: analysis/<recipe's name>.")
@@ -735,7 +810,7 @@ def select(
 
     \b
     Example:
-      steer-bake select recipes/refusal-steering.yaml --refused recipes/prompts/refusal/test.jsonl
+      steer-bake select recipes/refusal-steering.yaml --refused recipes/prompts/topics/validation.jsonl
     """
     from .configure import configure
     from .job import Job

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from .errors import RecipeError, did_you_mean
+from .stages import write_text
 
 PACKAGED = Path(__file__).parent / "prompt_sets"
 POSITIONS = ("last", "mean", "instruction")
@@ -102,6 +103,22 @@ def load(source: str | Path | PromptSource, *, folder: Path) -> list[Prompt]:
     if not made:
         raise RecipeError(f"prompt set {wanted.path!r} is empty; give at least one row with a text")
     return _limited(_chosen(made, wanted), wanted.limit)
+
+
+def save(prompts: Iterable[Prompt], path: Path) -> None:
+    """Write ``prompts`` as JSONL that :func:`load` reads back; complete or not at all.
+
+    Raises:
+        OSError: ``path`` cannot be written.
+    """
+    rows = []
+    for one in prompts:
+        row: dict[str, Any] = {"text": one.text if one.text is not None else one.question}
+        if one.messages and [role for role, _ in one.messages] != ["user"]:
+            row = {"messages": [{"role": role, "content": content} for role, content in one.messages]}
+        rest = {key: getattr(one, key) for key in ("label", "category", "topic", "split", "pair", "score")}
+        rows.append(json.dumps(row | {key: value for key, value in rest.items() if value is not None}))
+    write_text(path, "\n".join(rows) + "\n")
 
 
 def require_labels(prompts: Sequence[Prompt], labels: Iterable[str]) -> None:

@@ -27,6 +27,7 @@ LAYERS = (
     ),
     ("architectures", "interventions", "estimators", "judges"),
     ("confidence", "depth", "wrapping"),
+    ("scoring",),
     ("representations",),
     ("draft", "houses"),
     ("proof",),
