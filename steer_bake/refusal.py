@@ -96,12 +96,17 @@ class Event:
         What several openings or prompts begin with is computed once, and the last token of each opening is never run.
         """
         paths, of = self._paths()
-        at_once = max(1, _ROWS // len(paths))
+        at_once = self._at_once()
         parts = [
             self._log_probability(model, prompts[at : at + at_once], paths, of)
             for at in range(0, len(prompts), at_once)
         ]
         return torch.cat(parts)
+
+    def _at_once(self) -> int:
+        """Prompts in one forward: many where they share their beginning only, one where its paths share all of it."""
+        paths = len(self._paths()[0])
+        return _ROWS // paths if paths <= 2 else 1
 
     def _paths(self) -> tuple[list[Tokens], list[int]]:
         """What has to be run after a prompt, and which of it has each opening's tokens but the last."""
@@ -140,7 +145,7 @@ class Event:
         answers; a refusal that opens in another way is missed.
         """
         found: list[Tensor] = []
-        at_once = max(1, _ROWS // len(self._paths()[0]))
+        at_once = self._at_once()
         for at in range(0, len(prompts), at_once):
             found.append(2 * self.log_probability(model, prompts[at : at + at_once]).double().exp().cpu() - 1)
             if progress is not None:
