@@ -22,6 +22,8 @@ from .errors import SteerBakeError, did_you_mean
 if TYPE_CHECKING:
     from .confidence import Aim
     from .interventions import Intervention
+    from .job import Job
+    from .prompts import Prompt
 
 _recipe = click.argument("recipe", type=click.Path(path_type=Path))
 _folder = click.argument("folder", type=click.Path(path_type=Path))
@@ -754,14 +756,13 @@ def analyze(
     from .analysis import analyse
     from .job import Job
     from .models import pick_device
-    from .recipe import Prompts
     from .sites import parse_site
     from .stages import write_text
 
     folder = out or Path("analysis") / recipe.stem
     job = Job(recipe, folder, device=pick_device(device), dtype=dtype, progress=progress)
     job.estimation.check()
-    asked = [Prompts(path=name, limit=limit).load(Path()) if limit else [] for name in (harmful, harmless)]
+    asked = [_prompts(job, name, limit) if limit else [] for name in (harmful, harmless)]
     chosen = None if site is None else parse_site(site, job.layers)
     if dry_run:
         display.note(f"would read {len(job.read_sites())} sites of {job.ref.name} and write {folder}")
@@ -788,7 +789,11 @@ def analyze(
 
 @main.command(short_help="Choose layers and coefficient for a recipe's directions.")
 @_recipe
-@click.option("--refused", required=True, help="Prompt set that the model tends to refuse, held out.")
+@click.option(
+    "--refused",
+    required=True,
+    help="Prompt set that the model tends to refuse, held out; a set of the recipe, packaged, or a file.",
+)
 @click.option("--conversations", default="plain", show_default=True, help="Prompt set whose answers are to stay.")
 @click.option("--limit", type=click.IntRange(min=1), default=32, show_default=True, help="Of these two.")
 @click.option("--top", default="2,4,8,16", show_default=True, help="How many of the best layers to try.")
@@ -810,17 +815,16 @@ def select(
 
     \b
     Example:
-      steer-bake select recipes/refusal-steering.yaml --refused recipes/prompts/topics/validation.jsonl
+      steer-bake select recipes/refusal-steering.yaml --refused refused --conversations answered
     """
     from .configure import configure
     from .job import Job
     from .models import pick_device
-    from .recipe import Prompts
     from .selection import grid
 
     job = Job(recipe, Path(), device=pick_device(device), dtype=dtype, progress=progress)
     job.estimation.check()
-    asked = [Prompts(path=name, limit=limit).load(Path()) for name in (refused, conversations)]
+    asked = [_prompts(job, name, limit) for name in (refused, conversations)]
     tried = grid(_numbers(top, int), _numbers(coefficients, float), names)
     if dry_run:
         display.note(f"would try {len(tried)} configurations on {job.ref.name}")
@@ -834,6 +838,16 @@ def select(
         display.as_json(content)
     else:
         display.selection(content)
+
+
+def _prompts(job: Job, name: str, limit: int) -> list[Prompt]:
+    """The first so many of each label of the recipe's set ``name``, or of a file or packaged set."""
+    from .recipe import Prompts
+
+    own = job.recipe.prompts.get(name)
+    if own is not None:
+        return own.model_copy(update={"limit": limit}).load(job.home)
+    return Prompts(path=name, limit=limit).load(Path())
 
 
 def _numbers(text: str, kind: Callable[[str], Any]) -> list[Any]:

@@ -111,7 +111,8 @@ def _pca(figure: Any, numbers: Mapping[str, Any]) -> None:
     for number, (name, points) in enumerate(found["points"].items()):
         axes.scatter(
             [x for x, _ in points], [y for _, y in points], s=22, alpha=0.75, label=f"{name} ({len(points)})",
-            color=COLOURS[number % len(COLOURS)], marker=MARKERS[number % len(MARKERS)], linewidths=0,
+            color=COLOURS[number % len(COLOURS)], linewidths=0,
+            marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],  # no two groups look alike
         )  # fmt: skip
     shares = found["variance"]
     axes.set_xlabel(f"first component ({shares[0]:.0%} of the variance)")

@@ -69,6 +69,8 @@ class PromptSource:
     label: str | None = None  # the label of every row, whatever the row says
     split: str | None = None  # only rows of this split
     category: str | None = None  # only rows of this category
+    labels: Sequence[str] | None = None  # only rows that say one of these, whatever ``label`` then makes of them
+    topics: Sequence[str] | None = None  # only rows of one of these topics
     chat: Literal["auto", False] = "auto"  # False: ``text`` is raw even where the tokenizer has a chat template
     text_column: str | None = None  # data sets of the hub only; default: text, prompt or messages
     label_column: str | None = None  # data sets of the hub only; default: label
@@ -97,7 +99,7 @@ def load(source: str | Path | PromptSource, *, folder: Path) -> list[Prompt]:
     wanted = source if isinstance(source, PromptSource) else PromptSource(str(source))
     made = [
         prompt
-        for index, (where, row) in enumerate(_rows(wanted, folder))
+        for index, (where, row) in enumerate(_of_labels_and_topics(list(_rows(wanted, folder)), wanted))
         for prompt in _instances(row, where, index, wanted)
     ]
     if not made:
@@ -286,6 +288,19 @@ def _checked(row: object, where: str) -> dict[str, Any]:
         if isinstance(row.get(key), (dict, list)):
             raise RecipeError(f"{where}: {key!r} is {row[key]!r}; give a text or a number")
     return row
+
+
+def _of_labels_and_topics(rows: list[tuple[str, dict[str, Any]]], source: PromptSource) -> list[tuple[str, Any]]:
+    """Those of ``rows`` that ``labels`` and ``topics`` let through, by what the row itself says."""
+    for key, several in (("label", source.labels), ("topic", source.topics)):
+        if several is None:
+            continue
+        there = {str(row[key]) for _, row in rows if row.get(key) is not None}
+        for one in several:
+            if one not in there:
+                raise RecipeError(f"prompt set {source.path!r} has no row of {key} {one!r}: {did_you_mean(one, there)}")
+        rows = [(where, row) for where, row in rows if row.get(key) in several]
+    return rows
 
 
 # --- rows to prompts

@@ -24,6 +24,8 @@ class Prompts(_Section):
     label: str | None = None
     split: str | None = None
     category: str | None = None
+    labels: list[str] | None = None
+    topics: list[str] | None = None
     chat: Literal["auto", False] = "auto"
     text_column: str | None = None
     label_column: str | None = None

@@ -93,15 +93,20 @@ class Event:
     def log_probability(self, model: Any, prompts: Sequence[Encoded]) -> Tensor:
         """log p(event) [prompts] float32 under ``model`` as it is now, hooks included; gradients pass through.
 
-        What several openings begin with is computed once, and the last token of each is never run.
+        What several openings or prompts begin with is computed once, and the last token of each opening is never run.
         """
         paths, of = self._paths()
-        at_once = max(1, _ROWS // len(paths))
+        at_once = self._at_once()
         parts = [
             self._log_probability(model, prompts[at : at + at_once], paths, of)
             for at in range(0, len(prompts), at_once)
         ]
         return torch.cat(parts)
+
+    def _at_once(self) -> int:
+        """Prompts in one forward: many where they share their beginning only, one where its paths share all of it."""
+        paths = len(self._paths()[0])
+        return _ROWS // paths if paths <= 2 else 1
 
     def _paths(self) -> tuple[list[Tokens], list[int]]:
         """What has to be run after a prompt, and which of it has each opening's tokens but the last."""
@@ -125,7 +130,7 @@ class Event:
                     terms.append(number * len(self.openings) + index)
         unique = sorted(set(places))
         known = {place: n for n, place in enumerate(unique)}
-        each = _logits_at(model, rows, unique).log_softmax(-1)[[known[place] for place in places], targets]
+        each = logits_at(model, rows, unique).log_softmax(-1)[[known[place] for place in places], targets]
         sums = each.new_zeros(len(prompts) * len(self.openings))
         sums = sums.index_add(0, torch.tensor(terms, device=each.device), each)
         return sums.reshape(len(prompts), len(self.openings)).logsumexp(dim=1)
@@ -139,33 +144,13 @@ class Event:
         A stand-in for the confidence score of Refusal Steering (arXiv 2512.16602, section 3.1), which judges sampled
         answers; a refusal that opens in another way is missed.
         """
-        found = []
-        for number, one in enumerate(prompts, 1):
-            found.append(2 * self._quick(model, one).double().exp().cpu() - 1)
+        found: list[Tensor] = []
+        at_once = self._at_once()
+        for at in range(0, len(prompts), at_once):
+            found.append(2 * self.log_probability(model, prompts[at : at + at_once]).double().exp().cpu() - 1)
             if progress is not None:
-                progress(number, len(prompts))
+                progress(min(at + at_once, len(prompts)), len(prompts))
         return torch.cat(found).clamp(-1, 1)
-
-    def _quick(self, model: Any, one: Encoded) -> Tensor:
-        """:meth:`log_probability` of one prompt [1], which is run once for all openings."""
-        paths, of = self._paths()
-        if not keeps_keys_and_values(model):
-            return self.log_probability(model, [one])
-        cache, ids = DynamicCache(), torch.tensor([one.ids], device=model.device)
-        first = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:]
-        longest = max(map(len, paths))
-        logits = first.expand(len(paths), -1, -1)  # [paths, 1, vocabulary]
-        if longest:
-            cache.batch_repeat_interleave(len(paths))
-            after = torch.tensor([path + (0,) * (longest - len(path)) for path in paths], device=model.device)
-            later = model(input_ids=after, past_key_values=cache, use_cache=True).logits
-            logits = torch.cat([logits, later], dim=1)
-        logs = logits.float().log_softmax(-1)
-        sums = [
-            sum(logs[path, place, token] for place, token in enumerate(opening))
-            for path, opening in zip(of, self.openings, strict=True)
-        ]
-        return torch.stack([torch.as_tensor(each) for each in sums]).logsumexp(0, keepdim=True)
 
 
 _ROWS = 32  # sequences in one forward
@@ -179,24 +164,44 @@ def keeps_keys_and_values(model: Any) -> bool:
 
 def next_token_logits(model: Any, prompts: Sequence[Encoded]) -> Tensor:
     """Logits [prompts, vocabulary] float32 of the first token of the answer; gradients pass through."""
-    return _logits_at(model, [one.ids for one in prompts], [(n, len(one.ids) - 1) for n, one in enumerate(prompts)])
+    return logits_at(model, [one.ids for one in prompts], [(n, len(one.ids) - 1) for n, one in enumerate(prompts)])
 
 
-def _logits_at(model: Any, rows: Sequence[Tokens], places: Sequence[tuple[int, int]]) -> Tensor:
+def logits_at(model: Any, rows: Sequence[Tokens], places: Sequence[tuple[int, int]]) -> Tensor:
     """Logits [places, vocabulary] float32 at (row, token); elsewhere the head, the largest matrix, does not run.
 
+    What all rows begin with (chat template, system prompt) is run once, unless that is less than a forward is worth.
     Padding is on the right, where a causal model does not see it.
     """
+    shared, cache = _shared(model, rows, min(token for _, token in places)), None
+    if shared:
+        cache = DynamicCache()
+        beginning = torch.tensor([rows[0][:shared]], device=model.device)
+        model(input_ids=beginning, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(len(rows))
     widest = max(len(row) for row in rows)
-    ids = torch.tensor([row + (0,) * (widest - len(row)) for row in rows], device=model.device)
-    row, token = (list(part) for part in zip(*places, strict=True))
+    ids = torch.tensor([row[shared:] + (0,) * (widest - len(row)) for row in rows], device=model.device)
+    row = [number for number, _ in places]
+    token = [at - shared for _, at in places]
 
     def only(_head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0][row, token][None], *args[1:])
 
     handle = model.get_output_embeddings().register_forward_pre_hook(only)
     try:
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0].float()
+        logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits[0].float()
     finally:
         handle.remove()
     return logits
+
+
+_WORTH_A_FORWARD = 64  # tokens that are not run again
+
+
+def _shared(model: Any, rows: Sequence[Tokens], limit: int) -> int:
+    """How many tokens at the beginning of all ``rows``, at most ``limit``, are run once."""
+    if not keeps_keys_and_values(model):
+        return 0
+    alike = next((at for at, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), limit)
+    alike = min(alike, limit, min(map(len, rows)) - 1)
+    return alike if alike * (len(rows) - 1) > _WORTH_A_FORWARD else 0

@@ -19,6 +19,7 @@ from .direction import Direction
 from .errors import RecipeError
 from .interventions import Intervention, intervene
 from .prompts import Encoded
+from .refusal import logits_at
 from .sites import Site
 from .steering import steer
 
@@ -188,15 +189,24 @@ def select(
     return Selection(tuple(trials), min(enough, key=lambda trial: trial.change), before, target)
 
 
+_TOGETHER = 8  # conversations in one forward: a row of logits is as wide as the vocabulary
+
+
 @torch.inference_mode()
 def answer_log_probability(model: Any, conversations: Sequence[tuple[Encoded, tuple[int, ...]]]) -> Tensor:
     """``s(x)`` [conversations] float64: the mean log-probability of the answer's tokens, teacher forced."""
-    found = []
-    for prompt, answer in conversations:
-        ids = torch.tensor([prompt.ids + answer], device=model.device)
-        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt.ids) - 1 : -1].float()
-        each = logits.log_softmax(-1)[range(len(answer)), list(answer)]
-        found.append(float(each.double().mean()))
+    found: list[float] = []
+    for at in range(0, len(conversations), _TOGETHER):
+        some = conversations[at : at + _TOGETHER]
+        rows = [prompt.ids + answer for prompt, answer in some]
+        places = [
+            (row, len(prompt.ids) - 1 + offset)
+            for row, (prompt, answer) in enumerate(some)
+            for offset in range(len(answer))
+        ]
+        tokens = [token for _, answer in some for token in answer]
+        each = logits_at(model, rows, places).log_softmax(-1)[range(len(tokens)), tokens].double().cpu()
+        found += [float(part.mean()) for part in each.split([len(answer) for _, answer in some])]
     return torch.tensor(found, dtype=torch.float64)
 
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from steer_bake import architectures
+from steer_bake.affine import Affine
 from steer_bake.checkpoint import Checkpoint
 from steer_bake.combination import Combination, Learning, basis, learn, whitened
 from steer_bake.errors import NotFoldable, RecipeError
+from steer_bake.interventions import Intervention
 from steer_bake.models import load_model
 from steer_bake.plan import make_plan
 from steer_bake.prompts import Encoded, Prompt, encode
@@ -84,6 +86,33 @@ def test_judged_answers_define_the_event_by_what_only_refusals_begin_with() -> N
     assert Event.judged(answers, [True, False, False, False]).openings == ((1, 2, 3),)
     with pytest.raises(RecipeError, match="begins in 1 tokens as no answer does"):
         Event.judged(answers, [True, True, False, False], longest=1)
+
+
+def test_what_all_prompts_begin_with_is_run_once_and_changes_nothing(model: Any) -> None:
+    """With a system prompt the first forward is over its tokens alone; values and gradients are those of one by one."""
+    system = "You answer in one short sentence, and you say so when you do not know. " * 3
+    asked = ("Hurt him.", "What is a tree?")
+    prompts = encode(tiny.tokenizer(), [Prompt((("system", system), ("user", text))) for text in asked])
+    event = Event.of([(5,), (7, 8, 9), (20, 21)])
+    seen: list[tuple[int, int]] = []
+    shift = torch.zeros(tiny.WIDTH, requires_grad=True)
+    none = torch.zeros(tiny.WIDTH, 0)
+    found = []
+    for groups in ([prompts], [[one] for one in prompts]):
+        seen.clear()
+        handle = model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+        try:
+            with steer(model, [Intervention(SITE, Affine(none, none, shift), "shift")]):
+                value = torch.cat([event.log_probability(model, group) for group in groups])
+        finally:
+            handle.remove()
+        found.append((value.detach(), torch.autograd.grad(value.sum(), shift)[0], list(seen)))
+    (together, slope, shapes), (apart, other, _) = found
+    (rows, shared), (both, rest) = shapes
+    assert (rows, both) == (1, 4)
+    assert rest < shared
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(slope, other, rtol=1e-3, atol=1e-4)
 
 
 # --- whitening

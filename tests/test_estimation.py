@@ -245,17 +245,18 @@ def shrunk(name: str, model: Path, folder: Path) -> Path:
     content["intervention"]["sites"] = site
     for one, value in content["prompts"].items():
         source = {"path": value} if isinstance(value, str) else dict(value)
-        content["prompts"][one] = {**source, "path": str(ROOT / "recipes" / source["path"]), "limit": 12}
+        if source["path"].endswith(".jsonl"):
+            source["path"] = str(ROOT / "recipes" / source["path"])
+        content["prompts"][one] = {**source, "limit": 12}
         if name == "refusal-control":  # every category is in the first rows of each label only where all are taken
             del content["prompts"][one]["limit"]
     if name == "refusal-steering":  # a random model opens with any letter
         content["estimator"] |= {"threshold": 0.0, "openings": [chr(letter) for letter in range(65, 91)]}
         content["estimator"]["threshold"] = None
-        content["estimator"] |= {"positive": "sensitive", "negative": "general", "prompts": "topics"}
-        content["estimator"]["validation"] = "topics_validation"
+        content["estimator"] |= {"positive": "sensitive", "negative": "benign"}
     if name == "refusal-control":
         content["estimator"]["combine"] |= {"epochs": 1, "batch": 35}
-    content |= {"safety": False, "evaluate": {"sets": ["test"], "max_new_tokens": 4}}
+    content |= {"safety": False, "evaluate": {"sets": ["benign"], "max_new_tokens": 4}}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(content), encoding="utf-8")
     return path
@@ -272,22 +273,17 @@ def test_every_papers_recipe_runs_from_its_own_prompt_files(llama: Path, tmp_pat
     assert one._plan(directions).edits
 
 
-def test_no_prompt_is_in_two_sets_of_a_recipe() -> None:
-    for folder in ("refusal", "topics"):
-        seen: dict[str, str] = {}
-        for file in sorted((ROOT / "recipes" / "prompts" / folder).glob("*.jsonl")):
-            for line in file.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                if "text" in row:
-                    assert seen.setdefault(row["text"], file.name) == file.name
-        topics = {
-            name: {
-                json.loads(line)["category"]
-                for line in (ROOT / "recipes" / "prompts" / "topics" / f"{name}.jsonl").read_text().splitlines()
-            }
-            for name in ("train", "validation", "test")
-        }
-        assert not topics["train"] & topics["test"], "held-out topics"
+@pytest.mark.parametrize("name", PAPERS)
+def test_no_topic_that_is_evaluated_is_one_that_was_learned_or_chosen_on(name: str) -> None:
+    found, _ = recipes.read(ROOT / "recipes" / f"{name}.yaml")
+    assert found.evaluate is not None
+    assert found.estimator is not None
+    asked, learned = set(found.evaluate.sets), {*found.estimator.prompts, *(found.estimator.validation or ())}
+    topics = {
+        one: {prompt.topic for prompt in found.prompts[one].load(ROOT / "recipes")} - {None} for one in found.prompts
+    }
+    assert not asked & learned
+    assert not {topic for one in asked for topic in topics[one]} & {topic for one in learned for topic in topics[one]}
 
 
 # --- analyze and select

@@ -215,6 +215,16 @@ def test_a_source_chooses_labels_and_limits_rows(tmp_path: Path) -> None:
         texts(PromptSource("set.jsonl", split="trian"))
 
 
+def test_a_source_takes_rows_of_several_labels_and_topics_by_what_they_say(tmp_path: Path) -> None:
+    write(
+        tmp_path, "set.jsonl", *({"text": str(n), "label": "abc"[n % 3], "topic": "xy"[n // 3]} for n in range(6))
+    )  # fmt: skip
+    found = load(PromptSource("set.jsonl", labels=["a", "c"], topics=["y"], label="new"), folder=tmp_path)
+    assert [(one.question, one.label) for one in found] == [("3", "new"), ("5", "new")]
+    with pytest.raises(RecipeError, match="no row of topic 'z'"):
+        load(PromptSource("set.jsonl", topics=["x", "z"]), folder=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

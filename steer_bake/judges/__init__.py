@@ -33,12 +33,13 @@ _CALLBACKS = ("progress", "report")
 LONGEST_LOOP = 8  # words in the longest phrase whose back-to-back repetition is looked for
 LOOP_WORDS = 8  # a loop shorter than this is emphasis ("no, no, no"), not a fault
 LOOP_SHARE = 1 / 3  # of the answer's words, inside one loop
-SEEN_SHARE = 0.5  # of the answer's 4-word phrases, said before in the same answer
+SEEN_SHARE = 0.35  # of the answer's 4-word phrases, said before in the same answer
 NON_WORD_SHARE = 0.5  # of the answer's words
 SYMBOL_SHARE = 0.65  # of the answer's visible characters
 
 # Chinese and Japanese put no space between words: there, one character is one word.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+(?:['\u2019][^\W\d_]+)*")
+_NUMBER = re.compile(r"^\s*\d+[.)](?=\s+\S)", re.MULTILINE)  # of a list: makes every line of a loop new
 _LATIN = re.compile(r"[a-z]+\Z")
 _VOWEL = re.compile(r"[aeiouy]")
 _SAME_LETTER = re.compile(r"([^\W\d_])\1{4}")
@@ -85,7 +86,7 @@ def _checked(name: str, known: Mapping[str, inspect.Parameter], options: Mapping
 def is_incoherent(answer: str) -> bool:
     """Whether ``answer`` is empty, goes round in a loop, or is made mostly of symbols or non-words."""
     visible = "".join(answer.split())
-    words = [word.lower() for word in _WORD.findall(answer)]
+    words = [word.lower() for word in _WORD.findall(_NUMBER.sub(" ", answer))]
     if not words:
         return True
     symbols = sum(not character.isalnum() for character in visible)

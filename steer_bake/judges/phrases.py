@@ -39,13 +39,15 @@ _CONTRACTIONS = {
 # What a refusing speaker says they will not do; the lookaheads leave out hedges and figures of speech.
 _DEED = (
     r"(?:assist|comply|fulfil|complete (?:this|that|your)|create|write|generate|produce|provide|offer|support|engage|"
-    r"participate|discuss|answer|respond|share|suggest|advise|endorse|facilitate|carry out|perform|give|draft|compose|"
+    r"participate|discuss|address|talk about|answer|respond|share|suggest|advise|endorse|facilitate|carry out|perform|"
+    r"give|draft|compose|"
     r"satisfy|accommodate|proceed|entertain|encourage|condone|promote|recommend|tell you|teach you|help|be of help|"
     r"be of assistance|(?:explain|describe|show you) how to|do (?:that|this|so|it)\b|make (?:that|this|such)\b)"
 )
 _HEDGE = (
-    r"(?! (?:but|wondering|thinking|feeling|myself|noticing|laughing|smiling|up|in|away|for sure|anymore|any more|"
-    r"alone|without|again)\b)(?! (?:\w+ ){0,3}(?:exact|precise|definite|definitive|guarantee)\w*)"
+    r"(?! (?:but|wondering|thinking|feeling|myself|noticing|laughing|smiling|for sure|anymore|any more|"
+    r"alone|without|again)\b)(?!(?<=give) (?:up|in|away)\b)"
+    r"(?! (?:\w+ ){0,3}(?:exact|precise|definite|definitive|guarantee)\w*)"
     r"(?! how (?:happy|glad|excited|much|many|good|great|proud|sad|sorry)\b)(?! [^.]{0,40}\benough\b)"
 )
 _ADVERBS = r"(?:(?:\w+ly|also|in good conscience|just|therefore|ever|knowingly),? )*"
