@@ -173,10 +173,12 @@ def test_a_second_push_makes_no_commit_and_a_new_card_moves_no_weights(
     hub.forget()
     measured(mine.parent, 2)
     changed = outcome(client("push", mine, repo, "--json"))
-    assert {path for path, one in how(changed).items() if one != "keep"} == {"README.md"}
+    assert {path for path, one in how(changed).items() if one != "keep"} == {"README.md", "figures/behaviour.png"}
     assert len(hub.commits(repo)) == 2
     assert hub.received("cdn") == 0
-    assert hub.received() < 4 * changed["bytes"] + 1000, "the card: to be looked at twice, and to be committed"
+    assert hub.received() < 4 * changed["bytes"] + 1000, (
+        "the card: to be looked at twice, and to be committed; its figure"
+    )
     assert fine(client("push", mine, repo)).stdout.count("no commit was made") == 1
 
 
@@ -429,6 +431,24 @@ def test_the_published_card_has_all_metadata_and_both_sides(
     ):  # fmt: skip
         assert said in text, said
     assert str(mine.parent) not in text
+
+
+def test_the_figures_of_a_card_are_published_with_it(hub: LocalHub, client: Client, mine: Path, repo: str) -> None:
+    fine(client("push", mine, repo))
+    there = hub.repo(repo) or {}
+    assert "](figures/behaviour.png)" in there["README.md"].path.read_text()
+    first = there["figures/behaviour.png"].path.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert not (mine / "figures").exists(), "nothing is written into the folder"
+    fine(client("card", mine))
+    assert (mine / "figures" / "behaviour.png").read_bytes() == first
+    assert outcome(client("push", mine, repo, "--json"))["committed"] is False
+    measured(mine.parent, 2)
+    fine(client("push", mine, repo))
+    assert (hub.repo(repo) or {})["figures/behaviour.png"].path.read_bytes() != first, "of the new figures"
+    (mine / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\n---\n![mine](figures/behaviour.png)\n")
+    fine(client("push", mine, repo))
+    assert (hub.repo(repo) or {})["figures/behaviour.png"].path.read_bytes() == first, "a card of one's own: as it is"
 
 
 def test_a_card_that_somebody_changed_is_published_as_it_is(
