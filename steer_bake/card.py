@@ -310,7 +310,11 @@ def _gaps(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     if not report or "effect" not in report:
         return []
     rows = [{"between": "base, and base with hooks (the effect)", **report["effect"]}]
-    names = {"storage": "base with hooks, and this file in its own dtype"}
+    names = {
+        "storage": "base with hooks, and this file in its own dtype",
+        "llama.cpp": "base with hooks, and llama.cpp with this vector",
+        "llama.cpp, no vector": "base, and llama.cpp without it (how far the GGUF file is from the base)",
+    }
     for leg, gap in report["legs"].items():
         rows.append({"between": names.get(leg, f"base with hooks, and this file in float32 ({leg})"), **gap})
     return rows

@@ -1,8 +1,8 @@
 """The figures of a model card: shares of base and model with their intervals, and the dose at each site.
 
-They lie in ``figures/`` beside the card. Each holds a hash of the numbers that it shows, by which one that is up to date
-is known and not drawn again: pushing a folder twice makes no second commit. Drawing needs matplotlib (``pip install
-'steer-bake[figures]'``); without it a card has only those figures that are there and up to date.
+They lie in ``figures/`` beside the card. Each holds a hash of the numbers that it shows: one that is up to date is
+known by it and not drawn again, so that pushing a folder twice makes no second commit. Drawing needs matplotlib
+(``pip install 'steer-bake[figures]'``); without it a card has only those figures that are there and up to date.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _share(side: Mapping[str, Any]) -> tuple[float, float, float]:
 
 
 def drawn(folder: Path, shown: Mapping[str, Any]) -> dict[str, bytes]:
-    """PNG files by their path in ``folder``, for :func:`numbers`: those that are up to date as they are, others anew."""
+    """PNG files by their path in ``folder``, of :func:`numbers`: those that are up to date as they are, others anew."""
     found = {}
     for name, content in shown.items():
         path, digest = f"{FOLDER}/{name}.png", hashlib.sha256(json.dumps(content).encode()).hexdigest()

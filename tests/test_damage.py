@@ -1,4 +1,4 @@
-"""What a steering costs elsewhere: plain text and sums, measured of both models alike, on the card or said to be missing."""
+"""What a steering costs elsewhere: plain text and sums, measured of both models alike; on the card, or said to lack."""
 
 from __future__ import annotations
 

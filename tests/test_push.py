@@ -23,6 +23,7 @@ from steer_bake.evaluate import compare
 from . import jobs, tiny
 from .hub import Fault, LocalHub, User
 from .hub.client import TOKEN, Client, Said, environment
+from .test_control import as_gguf
 from .test_hub import big
 
 SITE = ("--sites", "resid_post.1")
@@ -177,7 +178,7 @@ def test_a_second_push_makes_no_commit_and_a_new_card_moves_no_weights(
     assert len(hub.commits(repo)) == 2
     assert hub.received("cdn") == 0
     assert hub.received() < 4 * changed["bytes"] + 1000, (
-        "the card: to be looked at twice, and to be committed; its figure"
+        "the card, looked at twice and committed, and its figure"
     )
     assert fine(client("push", mine, repo)).stdout.count("no commit was made") == 1
 
@@ -862,3 +863,46 @@ def test_an_adapter_for_a_folder_is_not_published(client: Client, hub: LocalHub,
     fine(client("bake", hub.root / "org" / "mine", *wish, "--target", "lora", "-o", tmp_path / "model"))
     said = sentence(client("push", tmp_path / "model", repo, "--acknowledge-safety-change", WHY))
     assert "no model on the hub" in said
+
+
+# --- control vectors
+
+
+def test_a_control_vector_is_published_and_certified(hub: LocalHub, client: Client, tmp_path: Path, repo: str) -> None:
+    pytest.importorskip("llama_cpp", reason="llama.cpp is an extra that is compiled when it is installed")
+    vector = jobs.write_directions(tmp_path / "v.safetensors")
+    fine(client("bake", "org/base", "--vector", vector, *SITE, "--target", "gguf-vector", "-o", tmp_path / "model"))
+    gguf = as_gguf(hub.root / "org" / "base", tmp_path / "model.gguf")
+    validated = ("validate", tmp_path / "model", "--gguf", gguf, "--limit", "2", "-o", tmp_path / "report.json")
+    fine(client(*validated))
+    assert "not measured" in sentence(client("push", tmp_path / "model", repo)), "no run can measure its refusals"
+    done = outcome(client("push", tmp_path / "model", repo, "--acknowledge-safety-change", WHY, "--json"))
+    assert done["certificate"] == "function"
+    assert outcome(client("push", tmp_path / "model", repo, "--acknowledge-safety-change", WHY, "--json"))["bytes"] == 0
+    there = hub.repo(repo) or {}
+    assert {"README.md", "LICENSE", "control_vector.gguf", "certificate.json", "steering.json"} <= set(there)
+    assert there["control_vector.gguf"].path.read_bytes() == (tmp_path / "model" / "control_vector.gguf").read_bytes()
+    text = there["README.md"].path.read_text()
+    fields = ModelCard(text).data.to_dict()
+    assert (fields["library_name"], fields["base_model"], fields["license"]) == ("gguf", "org/base", "mit")
+    assert fields["base_model_relation"] == "adapter"
+    for said in (
+        f"hf download {repo} control_vector.gguf", "--control-vector-scaled", "llama.cpp with this vector", WHY,
+        "Perplexity and sums were not measured", "Leave the option away",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+@pytest.mark.tampered
+def test_a_control_vector_that_nobody_has_run_is_audited(
+    hub: LocalHub, client: Client, tmp_path: Path, repo: str
+) -> None:
+    vector = jobs.write_directions(tmp_path / "v.safetensors")
+    fine(client("bake", "org/base", "--vector", vector, *SITE, "--target", "gguf-vector", "-o", tmp_path / "model"))
+    asked = ("push", tmp_path / "model", repo, "--acknowledge-safety-change", WHY)
+    assert "has no certificate" in sentence(client(*asked))
+    fine(client(*asked, "--certificate", "bytes"))
+    assert "Certificate: bytes only" in (hub.root / repo / "README.md").read_text()
+    file = tmp_path / "model" / "control_vector.gguf"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert "is not published" in sentence(client(*asked, "--certificate", "bytes"))
