@@ -177,9 +177,7 @@ def test_a_second_push_makes_no_commit_and_a_new_card_moves_no_weights(
     assert {path for path, one in how(changed).items() if one != "keep"} == {"README.md", "figures/behaviour.png"}
     assert len(hub.commits(repo)) == 2
     assert hub.received("cdn") == 0
-    assert hub.received() < 4 * changed["bytes"] + 1000, (
-        "the card, looked at twice and committed, and its figure"
-    )
+    assert hub.received() < 4 * changed["bytes"] + 1000, "the card, looked at twice and committed, and its figure"
     assert fine(client("push", mine, repo)).stdout.count("no commit was made") == 1
 
 
