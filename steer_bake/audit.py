@@ -89,9 +89,7 @@ def audit(folder: Path, base: Checkpoint, *, hash_files: bool = False, progress:
     checks = [
         _check_manifest(folder, told, plan),
         _check_base(base, told),
-        check_files(
-            folder, None if told.target == "gguf_vector" else base.folder, here, made=MADE.get(told.target, ())
-        ),
+        check_files(folder, base.folder, here, made=MADE.get(told.target, ())),
         check_others(folder, told.files),
     ]
     if told.target != CHECKPOINT:

@@ -9,7 +9,7 @@ import fnmatch
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -18,13 +18,14 @@ from typing import Any, Literal
 import yaml
 from jinja2 import ChoiceLoader, Environment, FileSystemLoader, StrictUndefined, TemplateError
 
-from . import architectures, manifest, safety
+from . import architectures, card_figures, manifest, safety
 from .architectures import SLOTS
 from .errors import RecipeError, UnknownArchitecture
 from .judges import INCOHERENT
 from .manifest import Manifest
 from .plan import CHECKPOINT
 from .runtimes import runtimes
+from .stages import write_text
 
 LOADING_CODE = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,11 +75,13 @@ def render(
     evaluation: Mapping[str, Any] | None,
     template: Path | None = None,
     publication: Publication = Publication(),
+    figures: Collection[str] = (),
 ) -> str:
     """The card's text for the baked ``folder``, out of its manifest, its report and what was measured of its behaviour.
 
-    ``report`` may be None only where ``publication`` has an audit. The packaged template's card is sealed: it ends with
-    a comment by which :func:`is_sealed` knows whether somebody changed it.
+    ``report`` may be None only where ``publication`` has an audit. ``figures`` are the paths of those that lie beside
+    the card (``card_figures``). The packaged template's card is sealed: it ends with a comment by which
+    :func:`is_sealed` knows whether somebody changed it.
 
     Raises:
         RecipeError: the template cannot be read or does not work, or ``report`` or ``evaluation`` is something else.
@@ -104,10 +107,33 @@ def render(
     )  # fmt: skip
     environment.filters["text"] = _text
     try:
-        text = environment.get_template(path.name).render(**_content(folder, found, report, measured, publication))
+        content = _content(folder, found, report, measured, publication)
+        text = environment.get_template(path.name).render(**content, figures=_shown(figures))
     except (TemplateError, OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"the card template {path} does not work: {error or 'it cannot be found'}") from error
     return text if template else _sealed(text)
+
+
+def write(
+    folder: Path,
+    report: Mapping[str, Any],
+    evaluation: Mapping[str, Any] | None,
+    template: Path | None = None,
+    publication: Publication = Publication(),
+) -> None:
+    """Write README.md and its figures into ``folder`` (raises as :func:`render` does)."""
+    figures = card_figures.drawn(folder, card_figures.numbers(report, evaluation))
+    text = render(folder, report, evaluation, template, publication, figures)
+    card_figures.save(folder, figures)
+    write_text(folder / "README.md", text)
+
+
+def _shown(figures: Collection[str]) -> dict[str, str]:
+    """By name, the Markdown of each figure; empty where it is not there."""
+    paths = {name: f"{card_figures.FOLDER}/{name}.png" for name in card_figures.CAPTIONS}
+    return {
+        name: f"![{card_figures.CAPTIONS[name]}]({path})" if path in figures else "" for name, path in paths.items()
+    }
 
 
 def _content(
@@ -153,6 +179,9 @@ def _content(
         "margin": 100 * safety.MARGIN,
         "share": _share,
         "incoherent": _incoherent,
+        "number": _number,
+        "damage": measured.get("damage"),
+        "effect": (report or {}).get("effect"),
         **{key: measured[key] for key in _UNMEASURED},
     }
 
@@ -235,7 +264,7 @@ def _metadata(
     fields |= publication.licence
     fields["tags"] = ["steer-bake", "activation-steering", *([NOT_FOR_ALL] if not_for_all else [])]
     name = publication.repo or (f"{Path(origin).name}-steered" if origin else "steered")
-    results = [_result(row) for row in (*measured["behaviour"], *measured["safety"])]
+    results = [_result(row) for row in (*measured["behaviour"], *measured["safety"])] + _damage_results(measured)
     if results:
         fields["model-index"] = [{"name": name.split("/")[-1], "results": results}]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10_000).strip()
@@ -255,12 +284,37 @@ def _result(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _damage_results(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Perplexity and sums, for the hub's own table."""
+    damage = measured.get("damage") or {}
+    found = [_result(damage["arithmetic"])] if "base" in damage.get("arithmetic", {}) else []
+    prose = damage.get("prose")
+    if prose and prose["base"] is not None and prose["baked"] is not None:
+        values = (("this model", prose["baked"]), ("base", prose["base"]))
+        named = {"type": prose["prompt_set"], "name": f"{prose['prompt_set']} ({prose['texts']} texts)"}
+        found.append(
+            {
+                "task": {"type": "text-generation", "name": "Text generation"},
+                "dataset": named,
+                "metrics": [
+                    {"type": "perplexity", "name": f"perplexity, {who}", "value": round(value, 4)}
+                    for who, value in values
+                ],
+            }
+        )
+    return found
+
+
 def _gaps(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """The certificate as distances: what the hooks do to the base, and how far the file is from the hooks."""
     if not report or "effect" not in report:
         return []
     rows = [{"between": "base, and base with hooks (the effect)", **report["effect"]}]
-    names = {"storage": "base with hooks, and this file in its own dtype"}
+    names = {
+        "storage": "base with hooks, and this file in its own dtype",
+        "llama.cpp": "base with hooks, and llama.cpp with this vector",
+        "llama.cpp, no vector": "base, and llama.cpp without it (how far the GGUF file is from the base)",
+    }
     for leg, gap in report["legs"].items():
         rows.append({"between": names.get(leg, f"base with hooks, and this file in float32 ({leg})"), **gap})
     return rows
@@ -322,6 +376,10 @@ def _fence(text: str) -> str:
 def _share(share: Mapping[str, Any]) -> str:
     percent = 100 * share["hits"] / share["total"]
     return f"{percent:.1f} % [{100 * share['low']:.1f}, {100 * share['high']:.1f}]"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def _incoherent(row: Mapping[str, Any]) -> str:

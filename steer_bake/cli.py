@@ -506,7 +506,6 @@ def card(
     """
     from . import card as cards
     from .errors import RecipeError
-    from .stages import write_text
 
     proof, measured = _beside(folder, report, evaluation)
     if proof is None:
@@ -514,11 +513,10 @@ def card(
             f"{report or folder.parent / 'report.json'} is not there; make it with: steer-bake validate {folder} -o "
             f"{report or folder.parent / 'report.json'}"
         )
-    text = cards.render(folder, proof, measured, template, cards.Publication(repo))
     if dry_run:
-        click.echo(text)
+        click.echo(cards.render(folder, proof, measured, template, cards.Publication(repo)))
         return
-    write_text(folder / "README.md", text)
+    cards.write(folder, proof, measured, template, cards.Publication(repo))
     display.note(f"written to {folder / 'README.md'}")
 
 

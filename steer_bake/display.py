@@ -243,7 +243,7 @@ def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any]
     """The summary of a run, on one screen."""
     report(proof)
     rows = []
-    for row in [*evaluation["behaviour"], *evaluation["safety"]]:
+    for row in [*evaluation["behaviour"], *evaluation["safety"], *_sums(evaluation)]:
         interval = f"{100 * row['difference']:+.0f} points [{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
         rows.append((row["prompt_set"], row["label"], _share(row["base"]), _share(row["baked"]), interval))
     if rows:
@@ -251,6 +251,7 @@ def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any]
         _print(_table(["prompts", "label", "base", "baked", "difference"], rows, title))
     if not evaluation["safety_measured"]:
         click.echo("refusals were not measured (--no-safety)")
+    _plain_text(evaluation)
     doses = [(one["site"], one["dose"]) for one in proof["interventions"] if one["dose"]]
     if doses:
         click.echo(f"dose (added length / stream): {_doses(doses)}")
@@ -259,6 +260,25 @@ def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any]
         note(f"up to date: {', '.join(done)}")
     click.echo(f"model: {model}")
     loading_code(model)
+
+
+def _sums(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The row of the sums, where they were measured."""
+    found = evaluation.get("damage", {}).get("arithmetic", {})
+    return [found] if "base" in found else []
+
+
+def _plain_text(evaluation: Mapping[str, Any]) -> None:
+    if "damage" not in evaluation:
+        click.echo("perplexity and sums were not measured (damage: false)")
+        return
+    found = evaluation["damage"]["prose"]
+    before, after, ratio, low, high = (
+        "not finite" if found[key] is None else f"{found[key]:.3g}" for key in ("base", "baked", "ratio", "low", "high")
+    )
+    click.echo(f"perplexity of plain text: {before} to {after}, x {ratio} [{low}, {high}]")
+    if why := evaluation["damage"]["arithmetic"].get("unmeasured"):
+        click.echo(f"sums were not measured: {why}")
 
 
 def loading_code(model: Path, target: str = "checkpoint") -> None:

@@ -12,7 +12,7 @@ from .errors import RecipeError
 # Colours that are told apart with every kind of colour vision (Okabe and Ito), in this order.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X"
-_SETTINGS: dict[Any, Any] = {
+SETTINGS: dict[Any, Any] = {
     "figure.dpi": 150,
     "font.size": 10,
     "axes.spines.top": False,
@@ -43,7 +43,7 @@ def draw(numbers: Mapping[str, Any], folder: Path) -> list[Path]:
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         for name, function in drawn.items():
             if name not in numbers:
                 continue

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from . import adapter, architectures, baked, behaviour, card, direction, manifest, registry
+from . import adapter, architectures, baked, behaviour, card, damage, direction, manifest, registry
 from . import recipe as recipes
 from .architectures import Layout
 from .behaviour import Question
@@ -116,6 +116,9 @@ class Job:
     def answers_file(self, which: str) -> Path:
         return self.folder / f"answers.{which}.json"
 
+    def damage_file(self, which: str) -> Path:
+        return self.folder / f"damage.{which}.json"
+
     # --- what stages are made from
 
     @cached_property
@@ -145,8 +148,14 @@ class Job:
         model = self.bake_key(plan) if plan else self._base_key
         return key(model, [astuple(one) for one in self._questions], self.dtype, self.device)
 
+    def damage_key(self, plan: Plan | None = None) -> str:
+        model = self.bake_key(plan) if plan else self._base_key
+        wanted = self.recipe.damage and self.recipe.damage.model_dump()
+        return key(model, wanted, self.dtype, self.device, "damage")
+
     def card_key(self, plan: Plan) -> str:
-        return key(self.validate_key(plan), self.evaluate_key(), self.evaluate_key(plan), self.safety, self.text)
+        measured = [each(one) for each in (self.evaluate_key, self.damage_key) for one in (None, plan)]
+        return key(self.validate_key(plan), *measured, self.safety, self.text)
 
     # --- directions
 
@@ -262,15 +271,27 @@ class Job:
         )
         write_text(self.answers_file(which), json.dumps(found, indent=1) + "\n")
 
+    def damage(self, which: str) -> None:
+        """Measure plain text and sums of the ``base`` or the ``baked`` model and write ``damage.<which>.json``."""
+        assert self.recipe.damage is not None
+        found = damage.measure(
+            self.ref.folder if which == "base" else self.model, self.recipe.damage,
+            dtype=self.dtype, device=self.device, who=which, progress=self.progress,
+        )  # fmt: skip
+        write_text(self.damage_file(which), json.dumps(found, indent=1) + "\n")
+
     def card(self) -> None:
         """Put base and baked side by side in ``evaluation.json`` and write the model card."""
         base, after = (json.loads(self.answers_file(which).read_text(encoding="utf-8")) for which in ("base", "baked"))
         plan_sha256 = manifest.read(self.model).content["plan_sha256"]
         evaluation = {"plan_sha256": plan_sha256, **behaviour.before_and_after(self._questions, base, after)}
+        if self.recipe.damage:
+            sides = [json.loads(self.damage_file(which).read_text(encoding="utf-8")) for which in ("base", "baked")]
+            evaluation["damage"] = damage.before_and_after(*sides)
         write_text(self.evaluation_file, json.dumps(evaluation, indent=2) + "\n")
         manifest.set_recipe(self.model, self.text)
         report = json.loads(self.report_file.read_text(encoding="utf-8"))
-        write_text(self.model / "README.md", card.render(self.model, report, evaluation))
+        card.write(self.model, report, evaluation)
 
 
 def save_directions(directions: Sequence[Direction], path: Path, model_type: str = "") -> None:

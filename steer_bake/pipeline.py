@@ -63,6 +63,9 @@ def run(
         stages.run("validate", job.validate_key(plan), lambda: job.validate(plan), job.report_file)
         stages.run("evaluate base", job.evaluate_key(), lambda: job.evaluate("base"), job.answers_file("base"))
         stages.run("evaluate baked", job.evaluate_key(plan), lambda: job.evaluate("baked"), job.answers_file("baked"))
+        if job.recipe.damage:
+            stages.run("damage base", job.damage_key(), lambda: job.damage("base"), job.damage_file("base"))
+            stages.run("damage baked", job.damage_key(plan), lambda: job.damage("baked"), job.damage_file("baked"))
         stages.run("card", job.card_key(plan), job.card, job.model / "README.md", job.evaluation_file)
 
     report, evaluation = (json.loads(file.read_text("utf-8")) for file in (job.report_file, job.evaluation_file))

@@ -143,6 +143,17 @@ class Evaluate(_Section):
     repetition_penalty: Annotated[float, Field(gt=0)] = 1.0  # of greedy decoding, for base and baked alike
 
 
+class Damage(_Section):
+    """How much is measured of what the steering costs elsewhere, beside the perplexity of the packaged texts."""
+
+    problems: Annotated[int, Field(gt=0)] = 40  # sums to work out
+    max_new_tokens: Annotated[int, Field(gt=0)] = 160  # of each answer
+
+
+def _as_section(value: Any) -> Any:
+    return {True: {}, False: None}[value] if isinstance(value, bool) else value
+
+
 class Recipe(_Section):
     """One YAML file: one reproducible result."""
 
@@ -156,6 +167,7 @@ class Recipe(_Section):
     validation: Validate = Field(default=Validate(), alias="validate")
     evaluate: Evaluate | None = None
     safety: bool = True
+    damage: Annotated[Damage | None, BeforeValidator(_as_section)] = Damage()  # false: not measured
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

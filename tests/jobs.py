@@ -47,6 +47,7 @@ def recipe(model: Path | str | None, **changes: Any) -> dict[str, Any]:
         "validate": {"prompts": "proof.jsonl", "decode_tokens": 4},
         "evaluate": {"judge": "phrases", "label": "refusal", "sets": ["test"], "max_new_tokens": 12},
         "safety": False,
+        "damage": False,
     } | changes
     return {key: value for key, value in content.items() if value is not None}
 

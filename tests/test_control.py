@@ -99,6 +99,20 @@ def test_everything_else_is_refused(llama: Path, steering: Intervention, words: 
         make_plan(Checkpoint.open(llama), [steering], target="gguf-vector")
 
 
+def test_it_is_not_written_into_the_base_and_takes_its_licence_along(llama: Path, tmp_path: Path) -> None:
+    base = jobs.copy(llama, tmp_path / "base")
+    (base / "LICENSE").write_text("take it")
+    for inside in (base, base / "vector"):
+        with pytest.raises(CheckpointError, match="own folder"):
+            written(base, inside, [add("resid_post.1")])
+    assert not (base / "vector").exists()
+    folder = written(base, tmp_path / "out", [add("resid_post.1")])
+    assert (folder / "LICENSE").read_text() == "take it"
+    assert {path.name for path in folder.iterdir()} == {
+        "LICENSE", control.FILE, "steering.json", "steering.safetensors"
+    }  # fmt: skip
+
+
 @pytest.mark.tampered
 def test_the_audit_compares_every_vector(llama: Path, tmp_path: Path) -> None:
     folder = written(llama, tmp_path / "out", [add("resid_post.1")])

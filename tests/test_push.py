@@ -23,6 +23,7 @@ from steer_bake.evaluate import compare
 from . import jobs, tiny
 from .hub import Fault, LocalHub, User
 from .hub.client import TOKEN, Client, Said, environment
+from .test_control import as_gguf
 from .test_hub import big
 
 SITE = ("--sites", "resid_post.1")
@@ -173,10 +174,10 @@ def test_a_second_push_makes_no_commit_and_a_new_card_moves_no_weights(
     hub.forget()
     measured(mine.parent, 2)
     changed = outcome(client("push", mine, repo, "--json"))
-    assert {path for path, one in how(changed).items() if one != "keep"} == {"README.md"}
+    assert {path for path, one in how(changed).items() if one != "keep"} == {"README.md", "figures/behaviour.png"}
     assert len(hub.commits(repo)) == 2
     assert hub.received("cdn") == 0
-    assert hub.received() < 4 * changed["bytes"] + 1000, "the card: to be looked at twice, and to be committed"
+    assert hub.received() < 4 * changed["bytes"] + 1000, "the card, looked at twice and committed, and its figure"
     assert fine(client("push", mine, repo)).stdout.count("no commit was made") == 1
 
 
@@ -431,6 +432,24 @@ def test_the_published_card_has_all_metadata_and_both_sides(
     assert str(mine.parent) not in text
 
 
+def test_the_figures_of_a_card_are_published_with_it(hub: LocalHub, client: Client, mine: Path, repo: str) -> None:
+    fine(client("push", mine, repo))
+    there = hub.repo(repo) or {}
+    assert "](figures/behaviour.png)" in there["README.md"].path.read_text()
+    first = there["figures/behaviour.png"].path.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert not (mine / "figures").exists(), "nothing is written into the folder"
+    fine(client("card", mine))
+    assert (mine / "figures" / "behaviour.png").read_bytes() == first
+    assert outcome(client("push", mine, repo, "--json"))["committed"] is False
+    measured(mine.parent, 2)
+    fine(client("push", mine, repo))
+    assert (hub.repo(repo) or {})["figures/behaviour.png"].path.read_bytes() != first, "of the new figures"
+    (mine / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\n---\n![mine](figures/behaviour.png)\n")
+    fine(client("push", mine, repo))
+    assert (hub.repo(repo) or {})["figures/behaviour.png"].path.read_bytes() == first, "a card of one's own: as it is"
+
+
 def test_a_card_that_somebody_changed_is_published_as_it_is(
     hub: LocalHub, client: Client, mine: Path, repo: str
 ) -> None:
@@ -506,11 +525,8 @@ def test_a_model_of_gigabytes_is_published_without_its_weights(
     assert sum(one["size"] for one in done["files"]) > 4e9
     assert hub.received() <= edited + 200_000
     base = Checkpoint.open(hub.root / "org" / "big")
-    starts = {name: base.headers[name].start for name in base.files}
-    for one in hub.log:
-        if one.sent and one.file.endswith(".safetensors"):
-            end = int(one.headers["range"].partition("-")[2])
-            assert end < max(starts.values()), "header bytes and nothing else"
+    headers = sum(base.headers[name].start for name in base.files)
+    assert 0 < sum(hub.sent(name) for name in base.files) <= 2 * headers, "to be sure, twice; weights never"
     assert len(hub.commits(repo)) == 1
     assert [how(done)[f"model-{n:05d}-of-00003.safetensors"] for n in (1, 2, 3)] == ["copy", "copy", "upload"]
     published = Checkpoint.open(hub.root / repo)
@@ -763,7 +779,7 @@ def test_bytes_that_change_on_the_way_here_are_noticed(
     jobs.copy(llama, hub.root / "org" / "fragile")
     vector = jobs.write_directions(tmp_path / "v.safetensors")
     wish = ("bake", "org/fragile", "--vector", vector, *SITE, "-o", tmp_path / "out")
-    fault = Fault("model.safetensors", host="cdn", corrupt=True, skip=1)  # first the header is read
+    fault = Fault("model.safetensors", host="cdn", corrupt=True, skip=2)  # first the header is read
     hub.faults.append(fault)
     said = sentence(client(*wish))
     assert fault.times == 0
@@ -845,3 +861,46 @@ def test_an_adapter_for_a_folder_is_not_published(client: Client, hub: LocalHub,
     fine(client("bake", hub.root / "org" / "mine", *wish, "--target", "lora", "-o", tmp_path / "model"))
     said = sentence(client("push", tmp_path / "model", repo, "--acknowledge-safety-change", WHY))
     assert "no model on the hub" in said
+
+
+# --- control vectors
+
+
+def test_a_control_vector_is_published_and_certified(hub: LocalHub, client: Client, tmp_path: Path, repo: str) -> None:
+    pytest.importorskip("llama_cpp", reason="llama.cpp is an extra that is compiled when it is installed")
+    vector = jobs.write_directions(tmp_path / "v.safetensors")
+    fine(client("bake", "org/base", "--vector", vector, *SITE, "--target", "gguf-vector", "-o", tmp_path / "model"))
+    gguf = as_gguf(hub.root / "org" / "base", tmp_path / "model.gguf")
+    validated = ("validate", tmp_path / "model", "--gguf", gguf, "--limit", "2", "-o", tmp_path / "report.json")
+    fine(client(*validated))
+    assert "not measured" in sentence(client("push", tmp_path / "model", repo)), "no run can measure its refusals"
+    done = outcome(client("push", tmp_path / "model", repo, "--acknowledge-safety-change", WHY, "--json"))
+    assert done["certificate"] == "function"
+    assert outcome(client("push", tmp_path / "model", repo, "--acknowledge-safety-change", WHY, "--json"))["bytes"] == 0
+    there = hub.repo(repo) or {}
+    assert {"README.md", "LICENSE", "control_vector.gguf", "certificate.json", "steering.json"} <= set(there)
+    assert there["control_vector.gguf"].path.read_bytes() == (tmp_path / "model" / "control_vector.gguf").read_bytes()
+    text = there["README.md"].path.read_text()
+    fields = ModelCard(text).data.to_dict()
+    assert (fields["library_name"], fields["base_model"], fields["license"]) == ("gguf", "org/base", "mit")
+    assert fields["base_model_relation"] == "adapter"
+    for said in (
+        f"hf download {repo} control_vector.gguf", "--control-vector-scaled", "llama.cpp with this vector", WHY,
+        "Perplexity and sums were not measured", "Leave the option away",
+    ):  # fmt: skip
+        assert said in text, said
+
+
+@pytest.mark.tampered
+def test_a_control_vector_that_nobody_has_run_is_audited(
+    hub: LocalHub, client: Client, tmp_path: Path, repo: str
+) -> None:
+    vector = jobs.write_directions(tmp_path / "v.safetensors")
+    fine(client("bake", "org/base", "--vector", vector, *SITE, "--target", "gguf-vector", "-o", tmp_path / "model"))
+    asked = ("push", tmp_path / "model", repo, "--acknowledge-safety-change", WHY)
+    assert "has no certificate" in sentence(client(*asked))
+    fine(client(*asked, "--certificate", "bytes"))
+    assert "Certificate: bytes only" in (hub.root / repo / "README.md").read_text()
+    file = tmp_path / "model" / "control_vector.gguf"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert "is not published" in sentence(client(*asked, "--certificate", "bytes"))

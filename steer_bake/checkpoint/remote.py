@@ -25,8 +25,10 @@ from .. import __version__
 from ..errors import CheckpointError
 from .header import MAX_HEADER, Header, header_length, parse_header
 
-#: Bytes that are asked for before the length of a header is known: few headers are longer.
-FIRST = 64 << 10
+#: Bytes that say how long the header is.
+PREFIX = 8
+#: Bytes that are taken from the connection at a time.
+BLOCK = 64 << 10
 #: The largest tensor that is fetched by itself: a bias or a norm; a matrix is not.
 SMALL = 1 << 20
 #: Bytes before the wanted ones that are read and dropped where a server sends the whole file instead of a range.
@@ -120,11 +122,9 @@ class RemoteFiles:
     def header(self, file: str) -> Header:
         """As :func:`read_header` of a local file."""
         size = self.sizes[file]
-        raw = self.fetch(file, 0, min(FIRST, size))
-        end = 8 + header_length(raw[:8], size, file)
-        if end > len(raw):
-            raw += self.fetch(file, len(raw), end - len(raw))
-        return parse_header(raw, size, file)
+        # Two requests and not one for more than most headers have: behind a header come weights, and none are fetched.
+        prefix = self.fetch(file, 0, min(PREFIX, size))
+        return parse_header(prefix + self.fetch(file, PREFIX, header_length(prefix, size, file)), size, file)
 
     def fetch(self, file: str, start: int, count: int) -> bytes:
         """``count`` bytes of ``file`` from ``start`` on, and never much more over the wire.
@@ -157,7 +157,7 @@ class RemoteFiles:
         with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT) as answer:
             hf_raise_for_status(answer)
             skipped = self._skipped(file, start, answer)
-            for block in answer.iter_raw(FIRST):
+            for block in answer.iter_raw(BLOCK):
                 found += block
                 if len(found) >= skipped + count:  # the rest, if there is one, is not read: the connection is closed
                     break

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RevisionNotFoundError
 
-from .. import __version__, card, manifest, safety
+from .. import __version__, card, card_figures, manifest, safety
 from ..baked import find_base
 from ..checkpoint import RemoteFiles
 from ..contents import check_others
@@ -108,7 +108,7 @@ def push(
         place = find_place(found, repo, private, revision, create_pr=create_pr)
         terms = account.licence(place.base, origin(found), licence)
         published = card.Publication(place.repo, terms, acknowledged, proof, reduced=refusals.state == "fell")
-        items[CARD] = _card(folder, None if proof else report, evaluation, template, published)
+        items = _with_card(folder, items, None if proof else report, evaluation, template, published)
         items |= _made_here(found, place.repo, proof or report)
         wanted, notes = [items[path] for path in sorted(items)], list[str]()
         if from_base:
@@ -177,24 +177,30 @@ def _certificate(
         return certificate.bytes_only(folder, base, advance)
 
 
-def _card(
+def _with_card(
     folder: Path,
+    items: Mapping[str, Item],
     report: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any] | None,
     template: Path | None,
     published: card.Publication,
-) -> Item:
-    """The card for the hub: made anew, unless the one in the folder was written or changed by a person."""
-    path = folder / CARD
+) -> dict[str, Item]:
+    """``items`` and the card for the hub: made anew with its figures, unless the one in the folder was written or
+    changed by a person."""
+    path, found = folder / CARD, dict(items)
     own = path.read_text(encoding="utf-8") if path.is_file() else None
     if own is None or card.is_sealed(own) or template is not None:
-        text = card.render(folder, report, evaluation, template, published)
+        figures = card_figures.drawn(folder, card_figures.numbers(report, evaluation))
+        text = card.render(folder, report, evaluation, template, published, figures)
+        for drawn_before in card_figures.ours(folder):
+            found.pop(drawn_before, None)
+        found |= {name: made(name, data) for name, data in figures.items()}
     else:
         text = own
     if problem := card.problem(text, published):
         raise PublishError(f"the card {path if text == own else template or 'template'} {problem}")
     ask("having the card checked", lambda: _validate(text))
-    return made(CARD, text.encode())
+    return found | {CARD: made(CARD, text.encode())}
 
 
 def _validate(text: str) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .. import control, manifest
-from ..checkpoint import Checkpoint, FileRecord, publish
+from ..checkpoint import Checkpoint, FileRecord, check_outside, publish
+from ..checkpoint.carry import LICENCES, carry
 from ..models import ModelRef
 from ..originals import beside
 from ..plan import Plan
@@ -24,17 +25,19 @@ def gguf_vector(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write ``plan`` as ``control_vector.gguf`` and its manifest into the folder ``out``.
+    """Write ``plan`` as ``control_vector.gguf``, the licence of the base and a manifest into the folder ``out``.
 
     Raises:
         CheckpointError: ``out`` is in the way or cannot be written.
         RecipeError: the package gguf is missing.
     """
+    check_outside(base.folder, out)
     with publish(out, overwrite=overwrite) as folder:
+        records = carry(base.folder, folder, LICENCES)
         path = control.write(folder, plan)
         data = path.read_bytes()
-        record = FileRecord(path.name, len(data), "written", hashlib.sha256(data).hexdigest(), None, None)
-        manifest.write(folder, plan, ref, [record], beside(base), recipe=recipe)
+        records.append(FileRecord(path.name, len(data), "written", hashlib.sha256(data).hexdigest(), None, None))
+        manifest.write(folder, plan, ref, records, beside(base), recipe=recipe)
         if progress is not None:
             progress(1, 1)
     return out
