@@ -20,7 +20,7 @@ from .architectures import Layout, submodule
 from .errors import ExtractionError, RecipeError
 from .estimators import Statistics
 from .prompts import Encoded
-from .sites import Site
+from .sites import READ_POINTS, Site
 
 # Padded tokens in one forward. A processor is fastest where a batch's activations stay in its caches.
 _TOKENS_ON_CPU = 512
@@ -196,7 +196,7 @@ class _Reader:
                 f"activations are read at one place, and {str(site)!r} is many; name layers, like resid_post.14"
             )
         module, scale = self._place(site, site.layer)
-        if site.point in ("resid_pre", "resid_mid"):
+        if site.point in ("resid_pre", "resid_mid", *READ_POINTS):
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self._see(site, args[0] if args else kwargs["hidden_states"], scale)
@@ -217,6 +217,8 @@ class _Reader:
             if not layout.architecture.middle:
                 raise RecipeError(f"{site} cannot be read in a {layout.model_type} model: no module takes it as input")
             return whole.get_submodule(layout.architecture.middle), 1.0
+        if site.point in READ_POINTS:
+            return layout.reader(self._model, layer), 1.0
         blocks = layout.modules(self._model, "attention" if site.point == "attn_out" else "mlp", layer)
         if len(blocks) != 1:
             raise RecipeError(f"{site} cannot be read: layer {layer} has {len(blocks)} blocks that write there")

@@ -72,7 +72,7 @@ def audit(folder: Path, base: Checkpoint, *, hash_files: bool = False, progress:
     told: Manifest | None = None
     try:
         told = manifest.read(folder)
-        plan = make_plan(base, told.interventions, told.prefer)
+        plan = make_plan(base, told.interventions, told.prefer, pad_to=told.pad_to)
     except SteerBakeError as error:
         why = str(error) if told is None else f"there is no such plan for {base.folder}: {error}"
         return _report(folder, base, None, told, hash_files, [Check("manifest", False, None, None, why)])

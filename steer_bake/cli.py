@@ -281,7 +281,7 @@ def bake(
     found = make_plan(base, interventions, prefer)  # refused, if at all, before gigabytes are downloaded
     if dry_run:
         if no_download:
-            check_no_weights(base, found.edits, found.rename)
+            check_no_weights(base, found.edits, found.rename, found.dropped)
         display.plan(found, as_json)
         display.note(f"this is what {out} would hold; nothing was written")
         return

@@ -29,7 +29,7 @@ from .interventions import Intervention
 from .plan import Plan, describe
 from .prompts import Encoded
 from .sites import Site
-from .steering import steer
+from .steering import steer, watch
 
 CONSTANTS_TOLERANCE = 2e-5  # max logit gap in units of std(logits), float32: rounding noise is 1e-6 to 4e-6
 RANK_ONE_TOLERANCE = 5e-5  # the edited product rounds in another order than hook after product
@@ -102,6 +102,24 @@ class Distance:
 
 
 @dataclass
+class Openings:
+    """On how many tokens a gate was open, closed, and in between."""
+
+    open: int = 0
+    closed: int = 0
+    tokens: int = 0
+
+    def add(self, found: Tensor) -> None:
+        """Count ``g(x)`` of some tokens, [tokens]."""
+        self.open += int((found > 0.95).sum())
+        self.closed += int((found < 0.05).sum())
+        self.tokens += found.numel()
+
+    def as_json(self) -> dict[str, int]:
+        return {"open": self.open, "closed": self.closed, "tokens": self.tokens}
+
+
+@dataclass
 class Comparison:
     """Base, hooks and what the worker left in ``scratch``, one batch in memory at a time."""
 
@@ -119,6 +137,7 @@ class Comparison:
     floor: Distance = field(default_factory=Distance)  # float32 hooks to hooks in that dtype
     readings: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)  # mean |h| of the base where something is added
+    openings: dict[int, Openings] = field(default_factory=dict)  # by number among the plan's gates
 
     def run(self) -> None:
         with self._model("float32") as model:
@@ -132,12 +151,13 @@ class Comparison:
 
     def _float32(self, model: PreTrainedModel) -> None:
         hooks = list(self.plan.interventions)
-        stored = [*hooks, *_rounding(self.base, self.plan)] if self.plan.is_constant else hooks
+        stored = [*_as_stored(self.base, hooks), *_rounding(self.base, self.plan)] if self.plan.is_constant else hooks
         pad_id = self.job["pad_id"]
         for index, rows in enumerate(self.job["batches"]):
             plain = reload_worker.logits(model, rows, pad_id)
-            with steer(model, hooks):
+            with steer(model, hooks), watch(model, [one.gate for one in self.plan.gates if one.gate]) as seen:
                 hooked = reload_worker.logits(model, rows, pad_id)
+            self._count_openings(rows, seen)
             self.effect.update(plain, hooked)
             if "float32" in self.loaded:
                 with steer(model, stored):
@@ -156,6 +176,11 @@ class Comparison:
                 self.readings["hooks"] = reload_worker.readings(model, rows, pad_id, self.job["probes"], self.along)
                 self.readings["reloaded, float32"] = found["readings"]
         self.exact.compare_decoding(decoded, found["greedy"])
+
+    def _count_openings(self, rows: list[list[int]], seen: list[list[Tensor]]) -> None:
+        real = reload_worker.pad(rows, self.job["pad_id"])[1].bool().flatten()
+        for index, [found] in enumerate(seen):
+            self.openings.setdefault(index, Openings()).add(found[real])
 
     def _candidate(self, name: str, index: int) -> Tensor:
         return load_file(self.scratch / f"{name}.{index}.safetensors")["logits"]
@@ -219,6 +244,7 @@ class Comparison:
                 f"stream ({what})", value <= STREAM_TOLERANCE, value, STREAM_TOLERANCE,
                 f"|r.h - expected| / |h| is {value:.1e} at worst, at the {probe['side']} of {probe['module']}",
             )  # fmt: skip
+        yield from self._gate_checks()
         effect = self.effect.gap()
         felt = effect.max_over_std >= LEAST_EFFECT
         yield Check(
@@ -226,6 +252,30 @@ class Comparison:
             f"hooks move the logits by {effect.max_over_std:.3g} std, KL {effect.kl:.3g}"
             + ("" if felt else ": this recipe changes nothing; raise the coefficient"),
         )  # fmt: skip
+
+    def gates(self) -> list[dict[str, Any]]:
+        """Every gate with the tokens on which it was open, closed and in between."""
+        return [
+            {"gate": one.gate.described(), **self.openings[index].as_json()}
+            for index, one in enumerate(self.plan.gates)
+            if one.gate is not None and index in self.openings
+        ]
+
+    def _gate_checks(self) -> Iterator[Check]:
+        found = self.gates()
+        if not found:
+            return
+        never = [str(one["gate"]["site"]) for one in found if one["closed"] == one["tokens"]]
+        shares = [1 - one["closed"] / one["tokens"] for one in found]
+        good = f"{len(found)} gates open, at least in part, on {min(shares):.1%} to {max(shares):.1%} of the tokens"
+        wrong = [f"the gate at {site} opens on no token: compare on prompts that it is for as well" for site in never]
+        yield Check.of("gates", wrong, good)
+
+
+def _as_stored(base: Checkpoint, hooks: list[Intervention]) -> list[Intervention]:
+    """The gates among ``hooks`` with their neurons rounded to the storage dtype."""
+    dtype = storage_dtype(base)
+    return [one if one.gate is None else replace(one, gate=replace(one.gate, stored=dtype)) for one in hooks]
 
 
 def _rounding(base: Checkpoint, plan: Plan) -> Iterator[Intervention]:

@@ -87,15 +87,20 @@ class Originals:
 
 
 def keep(
-    base: Checkpoint, edits: Sequence[Edit], records: Sequence[FileRecord], rename: Mapping[str, str] | None = None
+    base: Checkpoint,
+    edits: Sequence[Edit],
+    records: Sequence[FileRecord],
+    rename: Mapping[str, str] | None = None,
+    dropped: Sequence[str] = (),
 ) -> Originals:
     """What must be kept of ``base`` to undo ``edits`` after they were written as ``records``.
 
-    ``rename`` is that of :func:`checkpoint.write_edited`: new names of tensors of the base.
+    ``rename`` and ``dropped`` are those of :func:`checkpoint.write_edited`.
     """
     new_names, by_name = dict(rename or {}), {edit.tensor: edit for edit in edits}
     pairs = [(name, by_name.get(new_names.get(name, name))) for name in base.tensors]
     edited = {name: _way_back(base, name, edit) for name, edit in pairs if edit is not None}
+    edited |= dict.fromkeys(dropped, FROM_BASE)
     vectors = {name: base.read(name) for name, way in edited.items() if way == KEPT}
     kept = [CONFIG, *([INDEX] if base.files != (ONE_FILE,) else []), JSON_FILE, VECTORS_FILE]
     texts = {name: (base.folder / name).read_bytes() for name in kept if (base.folder / name).is_file()}

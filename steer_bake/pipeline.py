@@ -13,7 +13,7 @@ from .checkpoint import Checkpoint, check_no_weights
 from .interventions import Intervention
 from .job import Job
 from .models import ModelRef, open_base, open_remote, pick_device
-from .plan import make_plan
+from .plan import PAD_TO, make_plan
 from .stages import Progress, Stages, no_empty_folder, silent
 
 
@@ -71,6 +71,7 @@ def bake(
     prefer: str = "smallest",
     stack: bool = False,
     download: bool = True,
+    pad_to: int = PAD_TO,
     progress: Progress = silent,
 ) -> Path:
     """Fold ``interventions`` into a copy of ``model`` (hub id, folder or packaged name) at ``out``.
@@ -87,7 +88,9 @@ def bake(
     with progress("fetching the model") as advance:
         open_model = open_base if download else open_remote
         ref, base = open_model(str(model), progress=advance)
-    return bake_opened(ref, base, interventions, out, target=target, prefer=prefer, stack=stack, progress=progress)
+    return bake_opened(
+        ref, base, interventions, out, target=target, prefer=prefer, stack=stack, pad_to=pad_to, progress=progress
+    )
 
 
 def bake_opened(
@@ -99,13 +102,14 @@ def bake_opened(
     target: str = "checkpoint",
     prefer: str = "smallest",
     stack: bool = False,
+    pad_to: int = PAD_TO,
     progress: Progress = silent,
 ) -> Path:
     """:func:`bake` of a model that :func:`open_base` or :func:`open_remote` has opened."""
     write = registry.load("targets", target)
-    plan = make_plan(base, interventions, prefer)
+    plan = make_plan(base, interventions, prefer, pad_to=pad_to)
     if base.remote is not None:
-        check_no_weights(base, plan.edits, plan.rename)
+        check_no_weights(base, plan.edits, plan.rename, plan.dropped)
     out = Path(out)
     with no_empty_folder(out), progress("baking") as advance:
         write(plan, base, ref, out, stack=stack, progress=advance)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
 from . import architectures, registry
 from .affine import Affine, compose
 from .architectures import SLOTS
@@ -21,8 +23,11 @@ from .errors import CheckpointError, NotFoldable, RecipeError, did_you_mean
 from .houses import Housed, hosts, housed
 from .interventions import Intervention, in_forward_order
 from .proof import prove
-from .representations import Base, Constant, Holding, Piece
+from .representations import Base, Constant, Gated, Holding, Piece
 from .sites import Site
+
+#: Matrix products are fastest where the number of neurons is a multiple of this.
+PAD_TO = 64
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,23 @@ class Plan:
     moved: tuple[tuple[int, int], ...] = ()  # where layers were inserted: the new numbers of an old layer's halves
     rehoused_from: str = ""  # the base's own model type, where the output is of another
     restated: tuple[str, ...] = ()  # tensors that the other class wants with other values
+    dropped: tuple[str, ...] = ()  # tensors of the base that the other class has in parts
+    pad_to: int = PAD_TO  # what the number of an MLP's neurons is made a multiple of, where gates add some
+
+    @property
+    def gates(self) -> tuple[Intervention, ...]:
+        """The interventions that have a gate."""
+        return tuple(one for one in self.interventions if one.gate is not None)
 
     @property
     def is_constant(self) -> bool:
         """True where no matrix of the base is edited: the file then holds the hooks' constants, rounded, only."""
-        return not self.restated and all(edit.source is None or len(edit.shape) == 1 for edit in self.edits)
+        return not self.restated and all(
+            edit.source is None
+            or len(edit.shape) == 1
+            or (edit.affine.is_identity and (edit.appended is not None or edit.part is not None))
+            for edit in self.edits
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values, for ``plan.json`` and for comparing two plans."""
@@ -80,9 +97,11 @@ class Plan:
                 for d in self.decisions
             ],
             "prefer": self.prefer,
+            **({"pad_to": self.pad_to} if self.gates else {}),
             "config_changes": dict(self.config_changes),
             **({"layers": [list(halves) for halves in self.moved]} if self.moved else {}),
             **({"renamed": len(self.rename)} if self.rename else {}),
+            **({"dropped": list(self.dropped)} if self.dropped else {}),
             "edits": [
                 {
                     "tensor": edit.tensor,
@@ -117,6 +136,7 @@ def describe(intervention: Intervention) -> dict[str, Any]:
         "dose": intervention.dose,
         "direction": None if intervention.direction is None else intervention.direction.provenance(),
         "sha256": _hash(intervention.affine),
+        **({} if intervention.gate is None else {"gate": intervention.gate.described()}),
     }
 
 
@@ -131,7 +151,9 @@ PREFERENCES: dict[str, Callable[[int, Holding], tuple[int, ...]]] = {
 REHOUSE = "rehouse"
 
 
-def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: str = "smallest") -> Plan:
+def make_plan(
+    base: Checkpoint, interventions: Iterable[Intervention], prefer: str = "smallest", *, pad_to: int = PAD_TO
+) -> Plan:
     """Decide how ``interventions`` are held by ``base``.
 
     ``prefer``, where several representations are exact: ``"smallest"`` the fewest new parameters, ``"bit_exact"`` the
@@ -139,6 +161,8 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
     smallest that keeps the declared model class. All of these stay within that class as long as it has room: another
     one is looked for where nothing else is exact (never under ``"keep_class"``), or where it is asked for, as
     ``"rehouse"`` or ``"rehouse:llama"``. It takes a second, for both classes are run and compared.
+
+    Gates add neurons to every MLP; their number is made a multiple of ``pad_to``, which kernels like.
 
     Raises:
         NotFoldable: a site and operation without an exact home; the message says which would work.
@@ -148,21 +172,25 @@ def make_plan(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
     asked, _, host = prefer.partition(":")
     if asked != REHOUSE and prefer not in PREFERENCES:
         raise RecipeError(f"unknown preference {prefer!r}: {did_you_mean(prefer, (*PREFERENCES, REHOUSE))}")
+    if pad_to < 1:
+        raise RecipeError(f"the number of neurons cannot be a multiple of {pad_to}; give 1 or more")
     wanted = tuple(interventions)
     if asked == REHOUSE:
-        return _rehoused(base, wanted, prefer, host)
+        return _rehoused(base, wanted, prefer, pad_to, host)
     try:
-        return _planned(base, wanted, prefer)
+        return _planned(base, wanted, prefer, pad_to)
     except NotFoldable as refusal:
         if prefer == "keep_class":
             raise
         try:
-            return _rehoused(base, wanted, prefer)
+            return _rehoused(base, wanted, prefer, pad_to)
         except NotFoldable:
             raise refusal from None
 
 
-def _rehoused(base: Checkpoint, interventions: Iterable[Intervention], prefer: str, host: str = "") -> Plan:
+def _rehoused(
+    base: Checkpoint, interventions: Iterable[Intervention], prefer: str, pad_to: int, host: str = ""
+) -> Plan:
     """The plan in the first other class that has room and is proven to be the same function.
 
     Raises:
@@ -173,7 +201,7 @@ def _rehoused(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
     for rule in hosts(base, host):
         try:
             claim = housed(base, rule)
-            plan = _planned(claim.base, interventions, ranked)
+            plan = _planned(claim.base, interventions, ranked, pad_to)
             prove(claim)
         except NotFoldable as reason:
             reasons.append(str(reason))
@@ -199,13 +227,14 @@ def _of_source(plan: Plan, claim: Housed, prefer: str) -> Plan:
         rename=claim.rename(plan.rename),
         rehoused_from=claim.source.model_type,
         restated=tuple(plan.rename.get(name, name) for name in claim.restated),
+        dropped=claim.dropped,
     )
 
 
-def _planned(base: Checkpoint, interventions: Iterable[Intervention], prefer: str) -> Plan:
+def _planned(base: Checkpoint, interventions: Iterable[Intervention], prefer: str, pad_to: int) -> Plan:
     view = Base(base, architectures.layout(base.config))
     ordered = in_forward_order(interventions)
-    found = offers(view, ordered)
+    found = offers(view, ordered, pad_to)
     try:
         decisions, numbered = _settled(found, view, prefer)
     except NotFoldable:
@@ -217,7 +246,7 @@ def _planned(base: Checkpoint, interventions: Iterable[Intervention], prefer: st
     edits, config_changes, constants, rename, moved = numbered
     return Plan(
         str(base.config["model_type"]), tuple(ordered), tuple(decisions), edits, config_changes, prefer, constants,
-        rename, moved,
+        rename, moved, pad_to=pad_to,
     )  # fmt: skip
 
 
@@ -242,8 +271,11 @@ class Offer:
         return replace(self, options={name: one for name, one in self.options.items() if one.extra is None})
 
 
-def offers(base: Base, ordered: Iterable[Intervention]) -> list[Offer]:
-    """All pieces that ``ordered`` interventions ask for, with what holds each (raises as :func:`make_plan` does)."""
+def offers(base: Base, ordered: Iterable[Intervention], pad_to: int = PAD_TO) -> list[Offer]:
+    """All pieces that ``ordered`` interventions ask for, with what holds each (raises as :func:`make_plan` does).
+
+    Gates come first: the biases that they bring along cost a constant nothing more.
+    """
     reaching: dict[_Where, list[tuple[Intervention, Affine]]] = {}
     ordered = list(ordered)
     if not ordered:
@@ -254,7 +286,9 @@ def offers(base: Base, ordered: Iterable[Intervention]) -> list[Offer]:
             if not affine.is_identity:
                 reaching.setdefault(where, []).append((intervention, affine))
     representations = registry.load_all("representations")
-    return [
+    gated = _gated(ordered, base, pad_to)
+    gates = [Offer(_span(gated), _because(gated), gated, *_tried(gated, base, representations))] if gated else []
+    return gates + [
         Offer(str(where), tuple(f"{one.name} at {one.site}" for one, _ in found), piece, *tried)
         for where, found in reaching.items()
         for piece in _pieces(where, compose((affine for _, affine in found), base.layout.width), base)
@@ -279,6 +313,38 @@ def choose(found: Iterable[Offer], base: Base, prefer: str, only: str = "") -> t
         decisions.append(Decision(offer.write, part, name, offer.because, sizes[name], layers, others, holding.note))
         draft.add(holding)
     return draft, decisions
+
+
+def _gated(ordered: Iterable[Intervention], base: Base, pad_to: int) -> Piece | None:
+    """All gates of ``ordered``, each with what it adds where it is open; None where there are none.
+
+    What a later projection of the same write takes away is not added in the first place.
+    """
+    found: list[Gated] = []
+    wheres: list[_Where] = []
+    for one in ordered:
+        if one.gate is None:
+            for place, affine in _placed(one, base) if one.affine.is_linear and one.site.layer is not None else []:
+                found = [
+                    replace(gated, shift=affine.without_shift()(gated.shift)) if where == place else gated
+                    for where, gated in zip(wheres, found, strict=True)
+                ]
+            continue
+        if not base.writers("mlp", one.gate.layer):
+            raise NotFoldable(f"{one.gate.site}: layer {one.gate.layer} of this model has no mlp write to be gated")
+        shift = one.affine.shift if one.gate.otherwise is None else one.affine.shift - one.gate.otherwise
+        found.append(Gated(one.gate, shift, f"{one.name} at {one.site}"))
+        wheres.append(_Where("mlp", one.gate.layer))
+    identity = Affine.identity(base.layout.width)
+    return Piece("gates", identity, ("mlp",), gates=tuple(found), pad_to=pad_to) if found else None
+
+
+def _span(piece: Piece) -> str:
+    return ", ".join(dict.fromkeys(f"mlp.{one.gate.layer}" for one in piece.gates))
+
+
+def _because(piece: Piece) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one.intervention for one in piece.gates))
 
 
 @dataclass(frozen=True)
@@ -312,6 +378,9 @@ def _check_fits(intervention: Intervention, base: Base) -> None:
 def _placed(intervention: Intervention, base: Base) -> list[tuple[_Where, Affine]]:
     """Which writes an intervention reaches."""
     site, affine = intervention.site, intervention.affine
+    if intervention.gate is not None:  # what is added where it is closed is added everywhere
+        closed = torch.zeros(base.layout.width) if intervention.gate.otherwise is None else intervention.gate.otherwise
+        affine = replace(affine, shift=closed)
     if site.layer is None:
         linear = affine.without_shift()
         everywhere = [(where, linear) for layer in range(base.layers) for where in _writes(layer, base)]
@@ -400,12 +469,16 @@ def _change(edit: Edit) -> str:
         return f"new, |shift| {float(edit.affine.shift.norm()):.4g}" if edit.affine.has_shift else "new, zeros"
     parts = [f"linear part of rank {edit.affine.left.shape[1]}"] if edit.affine.is_linear else []
     parts += [f"|shift| {float(edit.affine.shift.norm()):.4g}"] if edit.affine.has_shift else []
+    if edit.appended is not None:
+        parts.append(f"{edit.appended.values.shape[edit.appended.axis]} neurons appended")
     return " + ".join(parts) or f"copy of {edit.source}"
 
 
 def _content(edit: Edit) -> dict[str, Any]:
     """What else an edit says of the tensor's content, where it does."""
     found: dict[str, Any] = {}
+    if edit.part is not None:
+        found["part"] = list(edit.part)
     if edit.only is not None:
         found["only"] = list(edit.only)
     if edit.diagonals:

@@ -103,7 +103,10 @@ def _difference(source: Layout, rule: Rule) -> str:
         _save_random(shrunk(source), before)
         base = Checkpoint.open(before)
         claim = housed(base, rule)
-        write_edited(base, claim.edits((), {}), after, config_changes=claim.config_changes, rename=claim.rename({}))
+        write_edited(
+            base, claim.edits((), {}), after, config_changes=claim.config_changes, rename=claim.rename({}),
+            dropped=claim.dropped,
+        )  # fmt: skip
         longest = _longest(source.text.to_dict())
         old, new = _logits(before, "float32", longest), _logits(after, "float32", longest)
         gap = float((old - new).abs().max() / old.std())

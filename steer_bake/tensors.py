@@ -59,12 +59,12 @@ def _merged(old: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
 
 def _check_untouched(found: Checkpoint, base: Checkpoint, plan: Plan, advance: Advance) -> Check:
     edited = {edit.tensor for edit in plan.edits}
-    names = {name: plan.rename.get(name, name) for name in base.tensors}
+    names = {name: plan.rename.get(name, name) for name in base.tensors if name not in set(plan.dropped)}
     unknown = {*found.tensors} - {*names.values()} - edited
     wrong = [f"{name} is in neither base nor plan" for name in sorted(unknown)]
     read, linked = 0, set()
-    for old, info in base.tensors.items():
-        name = names[old]
+    for old, name in names.items():
+        info = base.tensors[old]
         if name in edited:
             continue
         now = found.tensors.get(name)
@@ -161,6 +161,10 @@ def _units_apart(one: Tensor, other: Tensor) -> int:
 def _misfit(stored: Tensor, edit: Edit, base: Checkpoint) -> float:
     """Found over planned coefficient, minus one; where no change is planned, the size of the one found."""
     before = torch.zeros(1).expand(edit.shape) if edit.source is None else base.read(edit.source)
+    if edit.part is not None:
+        before = before[slice(*edit.part)]
+    for axis, length in enumerate(edit.old_shape):  # what was appended is no change of what was there
+        stored = stored.narrow(axis, 0, length)
     size = overlap = length = 0.0
     for old, new in zip(_vectors(before, edit.axis), _vectors(stored, edit.axis), strict=True):
         was = old.float()

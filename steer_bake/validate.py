@@ -60,6 +60,7 @@ class Report:
     interventions: tuple[Mapping[str, Any], ...]
     prompts: int
     tokens: int
+    gates: tuple[Mapping[str, Any], ...] = ()  # each with the tokens on which it was open, closed and in between
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,7 +96,7 @@ def validate(
         CheckpointError: the base is missing or damaged, or cannot be streamed. (A damaged candidate is a failed check.)
     """
     base = Checkpoint.open(base_folder)
-    plan = make_plan(base, interventions, prefer or manifest.preference(folder))
+    plan = make_plan(base, interventions, prefer or manifest.preference(folder), pad_to=manifest.padding(folder))
     layout = architectures.layout(base.config)
     reason = streaming.why_not(str(base_folder)) if stream else None
     if reason:
@@ -131,6 +132,7 @@ def validate(
         str(folder), str(base_folder), plan.sha256, all(check.passed for check in checks), tuple(checks),
         comparison.effect.gap(), comparison.legs(), comparison.floor_kl(),
         tuple(comparison.described(one) for one in plan.interventions), len(rows), sum(map(len, rows)),
+        tuple(comparison.gates()),
     )  # fmt: skip
 
 
@@ -197,7 +199,10 @@ def _candidates(folder: Path, base: Checkpoint, plan: Plan, scratch: Path) -> di
         if not plan.is_constant:
             exact = scratch / "exact"
             exact.mkdir()
-            write_edited(base, plan.edits, exact, config_changes=plan.config_changes, rename=plan.rename, dtype="F32")
+            write_edited(
+                base, plan.edits, exact, config_changes=plan.config_changes, rename=plan.rename, dropped=plan.dropped,
+                dtype="F32",
+            )  # fmt: skip
             found["float32"] = (exact, "float32")
     return found
 

@@ -15,6 +15,7 @@ LAYERS = (
     ("affine", "checks", "sites"),
     (
         "direction",
+        "gate",
         "checkpoint",
         "models",
         "prompts",

@@ -49,6 +49,7 @@ class Edit:
     axis: int = 0
     source: str | None = None
     appended: Appended | None = None
+    part: tuple[int, int] | None = None  # the rows of the source that this tensor begins as; None: all of it
     # Of a new matrix, zero but for what these say:
     only: tuple[int, int] | None = None  # the vectors (columns for axis 0) that the shift goes to; None: all
     diagonals: tuple[Diagonal, ...] = ()
@@ -85,10 +86,13 @@ def check_edit(base: Checkpoint, edit: Edit) -> None:
     for dtype in (stored, edit.dtype):
         if dtype not in FLOATS:
             raise CheckpointError(f"{what} would touch {dtype} values, which are quantised; {_full_precision(base)}")
-    if edit.source is not None and base.tensors[edit.source].shape != edit.old_shape:
-        found = list(base.tensors[edit.source].shape)
+    found = () if edit.source is None else base.tensors[edit.source].shape
+    if edit.part is not None and found:
+        first, stop = edit.part
+        found = (stop - first, *found[1:]) if 0 <= first < stop <= found[0] else ()
+    if edit.source is not None and found != edit.old_shape:
         raise CheckpointError(
-            f"{what} has shape {list(shape)} but {edit.source!r} has {found}; plan again for this base"
+            f"{what} has shape {list(shape)} but {edit.source!r} has {list(found)}; plan again for this base"
         )
 
 

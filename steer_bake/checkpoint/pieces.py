@@ -179,7 +179,8 @@ class _Pieces:
         info = None if self.edit.source is None else self.base.tensors[self.edit.source]
         if info is not None and info.dtype == self.dtype and self.edit.affine.is_identity:
             size = nbytes(self.dtype, (count,))
-            yield Copy(self.base.folder / info.file, info.start + nbytes(self.dtype, (first,)), target, size)
+            start = info.start + nbytes(self.dtype, (self._skipped + first,))
+            yield Copy(self.base.folder / info.file, start, target, size)
             return
         width, inner = self._vectors()
         rows = 1 if inner > 1 else max(1, SLAB // max(1, nbytes(self.dtype, (width,))))
@@ -201,6 +202,11 @@ class _Pieces:
             yield self._slab(first, target, (width, inner) if count == width * inner else (count // run, run), here)
             target += nbytes(self.dtype, (count + here.numel(),))
 
+    @property
+    def _skipped(self) -> int:
+        """Elements of the source before the part that is taken of it."""
+        return 0 if self.edit.part is None else self.edit.part[0] * math.prod(self.edit.old_shape[1:])
+
     def _vectors(self) -> tuple[int, int]:
         shape = self.edit.old_shape or (1,)
         axis = self.edit.axis % len(shape)
@@ -208,7 +214,7 @@ class _Pieces:
 
     def _slab(self, first: int, target: int, shape: tuple[int, int], beside: Tensor | None, row: int = 0) -> Slab:
         info = None if self.edit.source is None else self.base.tensors[self.edit.source]
-        source = None if info is None else info.start + nbytes(info.dtype, (first,))
+        source = None if info is None else info.start + nbytes(info.dtype, (self._skipped + first,))
         axis = 0 if self._vectors()[1] > 1 or beside is not None else 1
         return Slab(self.base, self.edit, self.dtype, source, target, shape, axis, self.protect, beside, row)
 

@@ -27,6 +27,7 @@ def write_edited(
     config_changes: Mapping[str, Any],
     dtype: str | None = None,
     rename: Mapping[str, str] | None = None,
+    dropped: Sequence[str] = (),
     protect: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FileRecord]:
@@ -39,6 +40,7 @@ def write_edited(
         dtype: store edited and new tensors in this dtype instead of their own; untouched ones stay as they are.
         rename: new names of tensors of the base (layers behind an inserted one); edits go by the new names, their
             sources by the old. Files without a renamed or edited tensor are linked.
+        dropped: tensors of the base that the output does not have under any name (their parts may be edits).
         protect: round such that errors cancel along what an edit removes; otherwise each element to nearest.
         progress: called with bytes (done, total).
 
@@ -51,7 +53,7 @@ def write_edited(
     """
     if dtype is not None and dtype not in FLOATS:
         raise CheckpointError(f"edits cannot be stored as {dtype!r}; choose one of {', '.join(FLOATS)}")
-    shards = _layout(base, edits, dict(rename or {}), dtype)
+    shards = _layout(base, edits, dict(rename or {}), dtype, dropped)
     if base.remote is not None:
         _check_untouched(base, shards)
     linked: dict[str, str] = {}
@@ -77,13 +79,15 @@ def write_edited(
     return records
 
 
-def check_no_weights(base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str]) -> None:
+def check_no_weights(
+    base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str], dropped: Sequence[str] = ()
+) -> None:
     """Refuse what needs more of ``base`` than its headers: all but tensors that are new and made from nothing.
 
     Raises:
         CheckpointError: the message names the tensor and the file that would have to be downloaded.
     """
-    _check_untouched(base, _layout(base, edits, dict(rename), None))
+    _check_untouched(base, _layout(base, edits, dict(rename), None, dropped))
 
 
 def _check_untouched(base: Checkpoint, shards: Sequence[_Shard]) -> None:
@@ -160,16 +164,19 @@ def _follows(job: Copy, run: Copy) -> bool:
     return (job.path, job.source, job.target) == (run.path, run.source + run.size, run.target + run.size)
 
 
-def _layout(base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str], dtype: str | None) -> list[_Shard]:
+def _layout(
+    base: Checkpoint, edits: Sequence[Edit], rename: Mapping[str, str], dtype: str | None, dropped: Sequence[str]
+) -> list[_Shard]:
     """The files of the output; every tensor in exactly one of them."""
     for edit in edits:
         check_edit(base, edit)
-    for name in rename:
+    for name in (*rename, *dropped):
         base.info(name)
-    kept = {rename.get(name, name): name for name in base.tensors}
+    staying = [name for name in base.tensors if name not in set(dropped)]
+    kept = {rename.get(name, name): name for name in staying}
     by_name = {edit.tensor: edit for edit in edits}
     twice = [name for name, count in Counter(edit.tensor for edit in edits).items() if count > 1]
-    if twice or len(kept) < len(base.tensors):
+    if twice or len(kept) < len(staying):
         raise CheckpointError(
             f"two edits or two renamed tensors would both be {(twice or ['one name'])[0]!r}; plan again"
         )
@@ -197,10 +204,11 @@ def _shard(
     base: Checkpoint, file: str, new_names: Mapping[str, str], edits: Mapping[str, Edit], dtype: str | None
 ) -> _Shard:
     old = base.headers[file]
-    here = {new_names[info.name]: info.name for info in old.tensors}
+    staying = [info for info in old.tensors if info.name in new_names]
+    here = {new_names[info.name]: info.name for info in staying}
     edited = {name: edits[name] for name in here if name in edits}
     tensors = []
-    for info in old.tensors:
+    for info in staying:
         edit = edited.get(new_names[info.name])
         if edit is None:
             tensors.append(replace(info, name=new_names[info.name]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ class House:
     rename: Mapping[str, str] = field(default_factory=dict)
     fill: Mapping[str, float] = field(default_factory=dict)  # what new tensors hold; others hold zeros
     offset: Mapping[str, float] = field(default_factory=dict)  # what is added to tensors that the model has
+    split: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by the tensor: what its rows are there
     same_bits: bool = True  # in bfloat16 too; the proof holds it to that
 
 
@@ -59,6 +60,12 @@ class Housed:
     base: Checkpoint  # the host's config and names; tensors that are not there yet have no file
     names: Mapping[str, str]  # by the host's name: the tensor in the source
     config_changes: Mapping[str, Any]
+    parts: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # by the host's name: the rows of that tensor
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Tensors of the source that the host's class has in parts only."""
+        return tuple(dict.fromkeys(self.names[name] for name in self.parts))
 
     @property
     def added(self) -> int:
@@ -72,7 +79,8 @@ class Housed:
 
     def rename(self, planned: Mapping[str, str]) -> dict[str, str]:
         """New names of the source's tensors, given the names that a plan gives those of ``base``."""
-        found = {old: planned.get(name, name) for name, old in self.names.items()}
+        whole = {name: old for name, old in self.names.items() if name not in self.parts}
+        found = {old: planned.get(name, name) for name, old in whole.items()}
         return {old: new for old, new in found.items() if old != new}
 
     def edits(self, planned: Sequence[Edit], renamed: Mapping[str, str]) -> tuple[Edit, ...]:
@@ -92,15 +100,18 @@ class Housed:
         if start is None:
             return replace(edit, source=self.names[edit.source])
         affine = edit.affine if start.affine.is_identity else start.affine.then(edit.affine)
-        return replace(edit, source=start.source, affine=affine.without_linear() if start.source is None else affine)
+        affine = affine.without_linear() if start.source is None else affine
+        return replace(edit, source=start.source, affine=affine, part=start.part)
 
     def _start(self, name: str) -> Edit | None:
         """What makes a tensor of ``base`` that is not one of the source as it is."""
         info, old = self.base.tensors[name], self.names.get(name)
         amount = _ending(name, self.house.fill if old is None else self.house.offset)
-        if old is not None and not amount:
+        part = self.parts.get(name)
+        if old is not None and not amount and part is None:
             return None
-        made = Edit(name, info.shape, info.dtype, Affine.identity(info.shape[-1]), len(info.shape) - 1, source=old)
+        identity = Affine.identity(info.shape[-1])
+        made = Edit(name, info.shape, info.dtype, identity, len(info.shape) - 1, source=old, part=part)
         return replace(made, affine=_constant(made, amount))
 
 
@@ -144,25 +155,57 @@ def housed(base: Checkpoint, rule: Rule) -> Housed:
     except CheckpointError as error:
         raise NotFoldable(f"the {house.model_type} class is no house for this model: {error}") from error
     missing = _missing(source.skeleton, wanted, house, source.layout)
-    names = {_renamed(name, house): name for name in base.tensors}
+    parts = {name: part for old in base.tensors for name, part in _parts(old, base.tensors[old].shape, house, wanted)}
+    names = {one: name for name in base.tensors for one in _renamed(name, house)}
     tensors = {name: replace(base.tensors[old], name=name) for name, old in names.items()}
+    for name, (first, stop) in parts.items():
+        tensors[name] = replace(tensors[name], shape=(stop - first, *tensors[name].shape[1:]))
     for name, shape in missing.items():
         stored = source.on_disk(name)
         tensors.setdefault(stored, TensorInfo(stored, base.storage_dtype, shape, "", 0, 0))
     seen = replace(base, config={**base.config, **changes}, tensors=tensors)
-    return Housed(source.layout, rule, house, seen, names, changes)
+    return Housed(source.layout, rule, house, seen, names, changes, parts)
 
 
-def _renamed(name: str, house: House) -> str:
+def _renamed(name: str, house: House) -> tuple[str, ...]:
+    """What a tensor is called in the host's class; several names where it is in parts there."""
+    for old, several in house.split.items():
+        if name.endswith(old):
+            return tuple(name.removesuffix(old) + new for new in several)
     for old, new in house.rename.items():
         if name.endswith(old):
-            return name.removesuffix(old) + new
-    return name
+            return (name.removesuffix(old) + new,)
+    return (name,)
+
+
+def _parts(name: str, shape: tuple[int, ...], house: House, wanted: Skeleton) -> Iterator[tuple[str, tuple[int, int]]]:
+    """The rows of a tensor that the host's class has as tensors of their own.
+
+    Raises:
+        NotFoldable: they are not all of it.
+    """
+    several, first = _renamed(name, house), 0
+    if len(several) == 1:
+        return
+    for one in several:
+        rows = wanted[one][0] if one in wanted else 0
+        yield one, (first, first + rows)
+        first += rows
+    if first != shape[0]:
+        raise NotFoldable(
+            f"{name} has {shape[0]} rows, and {', '.join(several)} of the {house.model_type} class have {first}"
+        )
 
 
 def _missing(before: Skeleton, after: Skeleton, house: House, source: Layout) -> Skeleton:
     """What the host's class wants and the model's own does not have."""
-    kept = {_renamed(name, house): shape for name, shape in before.items()}
+    kept = {
+        one: (wanted[1] - wanted[0], *shape[1:]) if wanted else shape
+        for name, shape in before.items()
+        for parts in [dict(_parts(name, shape, house, after))]
+        for one in _renamed(name, house)
+        for wanted in [parts.get(one)]
+    }
     homeless = next((name for name, shape in kept.items() if after.get(name) != shape), None)
     if homeless is not None:
         there = f"which is {list(after[homeless])} there" if homeless in after else "which is not there"

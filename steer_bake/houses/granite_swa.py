@@ -5,8 +5,9 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from . import House, head_dim
+from .llama import FUSED
 
-_TYPES = ("mistral", "ministral", "qwen2")
+_TYPES = ("mistral", "ministral", "phi3", "qwen2")
 #: A score so low that its exponential is 0 in every dtype.
 _NOTHING = -1e4
 
@@ -30,4 +31,5 @@ def granite_swa(config: PretrainedConfig) -> House | None:
             "attention_bias": config.model_type == "qwen2",
         },
         fill={"self_attn.sinks": _NOTHING},
+        split=FUSED if config.model_type == "phi3" else {},
     )

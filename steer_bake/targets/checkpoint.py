@@ -41,8 +41,9 @@ def checkpoint(
         before = json.loads((base.folder / manifest.JSON_FILE).read_text())
     with publish(out, overwrite=overwrite) as folder:
         records = write_edited(
-            base, plan.edits, folder, config_changes=plan.config_changes, rename=plan.rename, progress=progress
-        )
-        kept = originals.keep(base, plan.edits, records, plan.rename)
+            base, plan.edits, folder, config_changes=plan.config_changes, rename=plan.rename, dropped=plan.dropped,
+            progress=progress,
+        )  # fmt: skip
+        kept = originals.keep(base, plan.edits, records, plan.rename, plan.dropped)
         manifest.write(folder, plan, ref, records, kept, recipe=recipe, stacked_on=before)
     return out
