@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -76,6 +76,50 @@ def collect(
                 if progress is not None:
                     progress(done, len(encoded))
     return sums.statistics()
+
+
+def tokens(
+    model: Any,
+    layout: Layout,
+    encoded: Sequence[Encoded],
+    sites: Sequence[Site],
+    *,
+    tokens_per_batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Site, Tensor]:
+    """What is at ``sites`` at every token of each prompt's read span: [tokens, d] float32, the prompts in their order.
+
+    Memory grows with the number of tokens. For the rest as :func:`collect`.
+    """
+    if not encoded:
+        raise RecipeError("there are no prompts to read activations from; give at least one")
+    if tokens_per_batch is None:
+        tokens_per_batch = _TOKENS_ON_CPU if model.device.type == "cpu" else _TOKENS_ELSEWHERE
+    ends = list(accumulate(one.stop - one.start for one in encoded))
+    found: dict[Site, Tensor] = {}
+    done = 0
+    with _evaluating(model), _Reader(model, layout, sites) as reader, torch.inference_mode():
+        for batch in _batches(encoded, _Group(0, tuple(range(len(encoded)))), tokens_per_batch):
+            members = [encoded[index] for index in batch]
+            longest = max(len(one.ids) for one in members)
+            ids = [one.ids + (0,) * (longest - len(one.ids)) for one in members]
+            places = [(row, place) for row, one in enumerate(members) for place in range(one.start, one.stop)]
+            rows, spans = [row for row, _ in places], [(place, place + 1) for _, place in places]
+            reads = reader.forward(ids, None, lambda hidden, r=rows, s=spans: _summed(hidden, r, s))  # type: ignore[misc]
+            _check(reads, [members[row] for row in rows])
+            target = torch.cat([torch.arange(ends[index] - _length(encoded[index]), ends[index]) for index in batch])
+            for site, read in reads.items():
+                if site not in found:
+                    found[site] = torch.empty(ends[-1], read.vectors.shape[1])
+                found[site][target] = read.vectors.cpu()
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(encoded))
+    return found
+
+
+def _length(one: Encoded) -> int:
+    return one.stop - one.start
 
 
 # --- which prompts go together

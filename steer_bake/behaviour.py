@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import registry
+from . import registry, reload_worker
 from .checkpoint import Checkpoint
+from .comparison import Openings
 from .errors import RecipeError, did_you_mean
 from .evaluate import answers, compare
+from .interventions import Intervention
 from .models import load_model, load_tokenizer
 from .prompts import Prompt, check_length, encode
 from .recipe import Prompts, Recipe
 from .stages import Progress, silent
+from .steering import steer, watch
 
 SAFETY_SETS = ("safety/harmful", "safety/harmless")
 SAFETY_TOKENS = 24  # a refusal shows in the opening words
@@ -106,6 +109,49 @@ def ask(
         found[one.name] = {"labels": judge(texts, [prompt.beginning for prompt in one.prompts])}
         if one.keep_answers:
             found[one.name]["answers"] = texts
+    return found
+
+
+def openings(
+    folder: Path,
+    asked: Sequence[Question],
+    interventions: Sequence[Intervention],
+    *,
+    dtype: str,
+    device: str,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """For every gate and prompt set the tokens on which it is open, closed and in between, under the hooks.
+
+    Counted are a prompt's tokens from the end of the instruction on, and apart from these all of its tokens.
+    """
+    gates = [one.gate for one in interventions if one.gate]
+    if not gates:
+        return []
+    model, tokenizer, found = load_model(folder, dtype=dtype, device=device), load_tokenizer(folder), []
+    for one in asked:
+        encoded, last = encode(tokenizer, one.prompts, "instruction"), 0
+        counts = [(Openings(), Openings()) for _ in gates]
+        with progress(f"gates on {one.name}") as advance, steer(model, interventions), watch(model, gates) as seen:
+            for done, prompt in enumerate(encoded):
+                last = len(prompt.ids) - 1
+                reload_worker.logits(model, [prompt.ids], int(tokenizer.pad_token_id))
+                for index, (behind, whole) in enumerate(counts):
+                    [opened] = seen[index]
+                    whole.add(opened)
+                    behind.add(opened[min(prompt.stop, last) :])
+                    seen[index].clear()
+                advance(done + 1, len(encoded))
+        found += [
+            {
+                "prompt_set": one.name,
+                "site": str(gate.site),
+                "gate": gate.name,
+                "answer": behind.as_json(),
+                "all": whole.as_json(),
+            }
+            for gate, (behind, whole) in zip(gates, counts, strict=True)
+        ]
     return found
 
 

@@ -68,6 +68,8 @@ def render(
             config_changes=found.content["plan"]["config_changes"],
             model_type=found.content["plan"]["model_type"],
             rehoused_from=found.content["plan"].get("rehoused_from"),
+            gates=report.get("gates", ()),
+            openings=measured.get("gates", ()),
             recipe=recipe,
             fence=_fence(recipe or ""),
             tool=found.content["tool"],

@@ -104,7 +104,7 @@ def run(
     if dry_run:
         Stages(folder)
         job = Job(recipe, folder, device=pick_device(device), dtype=dtype, safety=not no_safety, progress=progress)
-        display.plan(job.check(), as_json, sketch=job.recipe.estimator is not None)
+        display.plan(job.check(), as_json, sketch=job.recipe.estimator is not None or job.needs_probes)
         display.note(f"this is what {folder / 'model'} would hold; nothing was written")
         return
     done = pipeline.run(
@@ -148,6 +148,42 @@ def extract(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_
         display.as_json([one.provenance() for one in directions])
         return
     display.directions(directions)
+    display.note(f"written to {out}")
+
+
+@main.command(short_help="Fit the gates of a recipe.")
+@_recipe
+@click.option("-o", "--out", type=click.Path(path_type=Path), default="gates.safetensors", show_default=True)
+@_device
+@_dtype
+@_dry_run
+@_json
+def probe(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_json: bool) -> None:
+    """Fit the gates of a RECIPE on its labelled prompts, measure them, and write them to a safetensors file.
+
+    \b
+    Example:
+      steer-bake probe recipes/selective.yaml -o gates.safetensors
+    """
+    from .job import Job, save_gates
+    from .models import pick_device
+    from .stages import no_empty_folder
+
+    job = Job(recipe, out.parent, device=pick_device(device), dtype=dtype, progress=progress)
+    job.check()
+    if dry_run:
+        display.note(
+            f"would fit {', '.join(map(str, job.gate_sites())) or 'nothing'} of {job.ref.name} and write {out}"
+        )
+        return
+    with no_empty_folder(out.parent):
+        found = job.fit_gates()
+        save_gates(found, out)
+    rows = [{**one.gate.described(), "measures": dict(one.measures)} for one in found]
+    if as_json:
+        display.as_json(rows)
+        return
+    display.gates(rows)
     display.note(f"written to {out}")
 
 
@@ -219,6 +255,8 @@ def plan(
     job = Job(Path(model), folder, device=pick_device("auto"), progress=progress)
     current = Stages(folder).is_current("extract", job.extract_key, job.directions_file)
     extracted = current or not job.recipe.estimator
+    if job.needs_probes:
+        extracted = extracted and Stages(folder).is_current("probe", job.probe_key, job.gates_file)
     display.plan(job.plan() if extracted else job.plan_sketch(), as_json, sketch=not extracted)
 
 

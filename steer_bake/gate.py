@@ -27,8 +27,8 @@ from .sites import Site
 _BITS = 8
 
 
-#: Activation functions, by their names in transformers, with ``act(t) - act(-t) = t`` that are 0 far below zero, so that
-#: the ramp is half open at its threshold; and ReLU. (Of squares, such as ``relu2``, rounding would leave no ramp.)
+#: Activation functions, by their names in transformers, that are 0 far below zero and have ``act(t) - act(-t) = t``,
+#: so that the ramp is half open at its threshold. (Of squares, such as ``relu2``, rounding would leave no ramp.)
 RAMPS = (
     "relu", "silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_python", "gelu_pytorch_tanh", "quick_gelu"
 )  # fmt: skip

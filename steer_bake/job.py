@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
-from . import architectures, baked, behaviour, card, direction, manifest, registry
+from . import architectures, baked, behaviour, card, direction, gating, manifest, registry
 from . import recipe as recipes
-from .activations import collect
+from .activations import collect, tokens
 from .architectures import Layout
 from .behaviour import Question
 from .checkpoint import Checkpoint
 from .direction import Direction
 from .errors import CheckpointError, RecipeError, ValidationFailed
 from .estimators import Statistics
+from .gate import Gate
+from .gating import Fitted
 from .interventions import Intervention, intervene
 from .models import ModelRef, load_model, load_tokenizer, resolve
 from .plan import Plan, make_plan
@@ -72,6 +75,8 @@ class Job:
         """
         if self.recipe.estimator:
             self._encoded_training()
+        for one in self._to_fit:
+            self._split(one)
         found = self.plan_sketch()
         _ = self._proof_rows
         behaviour.check_context(self._questions, self.base)
@@ -82,6 +87,14 @@ class Job:
     @property
     def directions_file(self) -> Path:
         return self.folder / "direction.safetensors"
+
+    @property
+    def gates_file(self) -> Path:
+        return self.folder / "gates.safetensors"
+
+    @property
+    def openings_file(self) -> Path:
+        return self.folder / "openings.json"
 
     @property
     def model(self) -> Path:
@@ -120,6 +133,16 @@ class Job:
         sites = [str(site) for site in self.read_sites()]
         prompts = [astuple(one) for one in self._training_prompts]
         return key(self._base_key, self.recipe.estimator, self.recipe.read, sites, self.dtype, prompts)
+
+    @cached_property
+    def probe_key(self) -> str:
+        wanted = [one.gate.model_dump() for one in self._to_fit if one.gate]
+        prompts = [[astuple(prompt) for prompt in side] for one in self._to_fit for side in self._split(one)]
+        sites = [str(site) for site in self.gate_sites()]
+        return key(self._base_key, wanted, prompts, sites, self.dtype)
+
+    def openings_key(self, plan: Plan) -> str:
+        return key(self.evaluate_key(plan), "openings")
 
     def bake_key(self, plan: Plan) -> str:
         return key(self._base_key, self.recipe.target, plan.sha256)
@@ -218,10 +241,113 @@ class Job:
         check_length(encoded, behaviour.context_length(self.base))
         return encoded
 
+    # --- gates
+
+    @property
+    def _to_fit(self) -> list[recipes.Intervention]:
+        """The interventions whose gate has to be fitted."""
+        return [one for one in self.recipe.intervention if one.gate and not one.gate.load]
+
+    @property
+    def needs_probes(self) -> bool:
+        return bool(self._to_fit)
+
+    def probe(self) -> None:
+        """Fit the recipe's gates into ``gates.safetensors``."""
+        save_gates(self.fit_gates(), self.gates_file)
+
+    def fit_gates(self) -> list[Fitted]:
+        """The recipe's gates, one per site of every intervention that has one.
+
+        Raises:
+            RecipeError: the recipe has no gate to fit, or its prompts do not give one.
+        """
+        if not self._to_fit:
+            raise RecipeError("this recipe fits no gate: there is none under 'intervention', or it is loaded")
+        model = load_model(self.ref.folder, dtype=self.dtype, device=self.device)
+        return [fitted for one in self._to_fit for fitted in self._fitted(one, model)]
+
+    def _fitted(self, one: recipes.Intervention, model: PreTrainedModel) -> list[Fitted]:
+        gate, sites = one.gate, self._gate_sites(one)
+        assert gate is not None
+        tokenizer, sides = load_tokenizer(self.ref.folder), []
+        for side, what in zip(self._split(one), ("training", "validation"), strict=True):
+            positive = [prompt.label in gate.positive for prompt in side]
+            with self.progress(f"answering {what} prompts of the gate {gate.called!r}") as advance:
+                passed = gating.passed_through(
+                    model, tokenizer, side, positive, position=gate.position, generated=gate.generated,
+                    progress=advance,
+                )  # fmt: skip
+            with self.progress(f"reading {what} prompts of the gate {gate.called!r}") as advance:
+                sides.append(gating.samples(model, self.layout, passed, sites, progress=advance))
+        unrelated = {}
+        for name in ("plain", *gate.unrelated):
+            source = recipes.Prompts(path="plain") if name == "plain" else self.recipe.prompts[name]
+            encoded = encode(tokenizer, source.load(self.home), "mean")
+            unrelated[name] = tokens(model, self.layout, encoded, sites)
+        return [
+            gating.fit(
+                sides[0][site], sides[1][site], site, probe=gate.probe, name=gate.called,
+                threshold=None if gate.threshold == "youden" else gate.threshold, width=gate.width,
+                sharpness=gate.sharpness, unrelated={name: found[site] for name, found in unrelated.items()},
+            )
+            for site in sites
+        ]  # fmt: skip
+
+    def gate_sites(self) -> list[Site]:
+        """Where gates are to be fitted."""
+        return [site for one in self._to_fit for site in self._gate_sites(one)]
+
+    def _gate_sites(self, one: recipes.Intervention) -> list[Site]:
+        sites = parse_sites(one.sites, self.layers)
+        wrong = next((site for site in sites if site.point not in ("mlp_out", "resid_post")), None)
+        if wrong is not None:
+            raise RecipeError(
+                f"a gate opens what an MLP writes: 'mlp_out' or 'resid_post' with a layer, and not {str(wrong)!r}"
+            )
+        return [Site("mlp_in", site.layer) for site in sites]
+
+    def _split(self, one: recipes.Intervention) -> tuple[list[Prompt], list[Prompt]]:
+        """The labelled prompts of a gate: those that its probe is fitted on, and those that it is measured on."""
+        gate = one.gate
+        assert gate is not None
+        labels = [*gate.positive, *gate.negative]
+        prompts = self.recipe.prompts[gate.prompts].load(self.home)
+        require_labels(prompts, labels)
+        of = {label: [prompt for prompt in prompts if prompt.label == label] for label in labels}
+        if gate.validation is not None:
+            validation = self.recipe.prompts[gate.validation].load(self.home)
+            require_labels(validation, labels)
+            return [one for side in of.values() for one in side], [one for one in validation if one.label in labels]
+        few = next((label for label, side in of.items() if len(side) < 5), None)
+        if few is not None:
+            raise RecipeError(
+                f"{len(of[few])} prompts are labelled {few!r}: a gate needs 5 at least, or a 'validation'"
+            )
+        train = [one for side in of.values() for index, one in enumerate(side) if index % 5 != 4]
+        return train, [one for side in of.values() for one in side[4::5]]
+
+    def _gate(self, one: recipes.Intervention, added: Intervention, gates: Sequence[Fitted] | None) -> Gate | None:
+        """The gate of one of the recipe's interventions at one site; a stand-in where it is yet to be fitted."""
+        wanted, site = one.gate, Site("mlp_in", added.site.layer)
+        if wanted is None:
+            return None
+        closed = None
+        if wanted.otherwise is not None and added.direction is not None:
+            closed = intervene(one.name, added.direction, added.site, wanted.otherwise, one.units).affine.shift
+        if wanted.load is not None:
+            return replace(gating.chosen(gating.load(self.home / wanted.load), site, wanted.name), otherwise=closed)
+        if gates is None:
+            stand_in = torch.eye(self.layout.width)[0]
+            return Gate(site, stand_in, 0.0, wanted.width, wanted.sharpness, closed, wanted.called)
+        return replace(gating.chosen(gates, site, wanted.called), otherwise=closed)
+
     # --- plan and bake
 
-    def interventions(self, directions: Sequence[Direction]) -> list[Intervention]:
-        """The recipe's interventions, each with its direction."""
+    def interventions(
+        self, directions: Sequence[Direction], gates: Sequence[Fitted] | None = None
+    ) -> list[Intervention]:
+        """The recipe's interventions, each with its direction and, where it has one, its gate."""
         found = []
         for one in self.recipe.intervention:
             own = direction.load(self.home / one.direction.load) if one.direction else directions
@@ -230,28 +356,34 @@ class Job:
             _check_layers(one.coefficient, sites)
             for site in sites:
                 coefficient = _at_layer(one.coefficient, site)
-                found.append(intervene(one.name, choose_direction(own, site, wanted), site, coefficient, one.units))
+                added = intervene(one.name, choose_direction(own, site, wanted), site, coefficient, one.units)
+                found.append(replace(added, gate=self._gate(one, added, gates)) if one.gate else added)
         return found
 
     def plan(self) -> Plan:
         """What the bake will change, from the recipe's direction file or from what :meth:`extract` wrote."""
+        gates = gating.load(self.gates_file) if self.needs_probes else None
         if self.recipe.direction:
             directions = direction.load(self.home / self.recipe.direction.load)
-            return self._plan(directions)
+            return self._plan(directions, gates)
         directions = direction.load(self.directions_file) if self.recipe.estimator else []
-        return self._plan(directions)
+        return self._plan(directions, gates)
 
     def plan_sketch(self) -> Plan:
         """:meth:`plan` before extraction: the right tensors, decisions and refusals; made-up vectors where needed."""
-        if not self.recipe.estimator:
+        if not self.recipe.estimator and not self.needs_probes:
             return self.plan()
+        if not self.recipe.estimator:
+            loaded = direction.load(self.home / self.recipe.direction.load) if self.recipe.direction else []
+            return self._plan(loaded)
         vector = torch.zeros(self.layout.width)
         vector[0] = 1.0
         stand_ins = [Direction(vector, site, stream_norm=1.0) for site in self.read_sites()]
         return self._plan(stand_ins)
 
-    def _plan(self, directions: Sequence[Direction]) -> Plan:
-        return make_plan(self.base, self.interventions(directions), self.recipe.target.prefer)
+    def _plan(self, directions: Sequence[Direction], gates: Sequence[Fitted] | None = None) -> Plan:
+        target = self.recipe.target
+        return make_plan(self.base, self.interventions(directions, gates), target.prefer, pad_to=target.pad_to)
 
     def bake(self, plan: Plan) -> None:
         """Write ``model/`` and ``plan.json``."""
@@ -266,7 +398,9 @@ class Job:
     @cached_property
     def _proof_rows(self) -> list[tuple[int, ...]]:
         wanted = self.recipe.validation
-        return baked.proof_rows(wanted.prompts, self.home, self.base, wanted.decode_tokens)
+        rows = baked.proof_rows(wanted.prompts, self.home, self.base, wanted.decode_tokens)
+        opening = [prompt for one in self._to_fit for prompt in self._split(one)[1]]
+        return [*rows, *(found.ids for found in encode(load_tokenizer(self.ref.folder), _few_of_each(opening)))]
 
     def validate(self, plan: Plan) -> None:
         """Write ``report.json``; where a check failed, rename the model to ``model.rejected`` and raise."""
@@ -297,15 +431,44 @@ class Job:
         )
         write_text(self.answers_file(which), json.dumps(found, indent=1) + "\n")
 
+    def openings(self, plan: Plan) -> None:
+        """Write ``openings.json``: on which share of each prompt set's tokens each gate is open, under the hooks."""
+        found = behaviour.openings(
+            self.ref.folder, self._questions, plan.interventions, dtype=self.dtype, device=self.device,
+            progress=self.progress,
+        )  # fmt: skip
+        write_text(self.openings_file, json.dumps(found, indent=1) + "\n")
+
     def card(self) -> None:
         """Put base and baked side by side in ``evaluation.json`` and write the model card."""
         base, after = (json.loads(self.answers_file(which).read_text(encoding="utf-8")) for which in ("base", "baked"))
         plan_sha256 = manifest.read(self.model).content["plan_sha256"]
         evaluation = {"plan_sha256": plan_sha256, **behaviour.before_and_after(self._questions, base, after)}
+        if self.openings_file.is_file() and any(one.gate for one in self.recipe.intervention):
+            evaluation["gates"] = json.loads(self.openings_file.read_text(encoding="utf-8"))
         write_text(self.evaluation_file, json.dumps(evaluation, indent=2) + "\n")
         manifest.set_recipe(self.model, self.text)
         report = json.loads(self.report_file.read_text(encoding="utf-8"))
         write_text(self.model / "README.md", card.render(self.model, report, evaluation))
+
+
+def save_gates(found: Sequence[Fitted], path: Path) -> None:
+    """Write ``found`` to ``path``, complete or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    try:
+        with replacing(path) as beside:
+            gating.save(found, beside)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be written: {error}") from error
+
+
+def _few_of_each(prompts: Sequence[Prompt], count: int = 6) -> list[Prompt]:
+    """The first ``count`` prompts of each label."""
+    labels = dict.fromkeys(prompt.label for prompt in prompts)
+    return [one for label in labels for one in [prompt for prompt in prompts if prompt.label == label][:count]]
 
 
 def save_directions(directions: Sequence[Direction], path: Path) -> None:
@@ -358,6 +521,7 @@ def _at_layer(value: float | dict[int, float], site: Site) -> float:
 def _check_names(recipe: Recipe) -> None:
     """Every name that a folder of extensions must have, before the model is looked for."""
     named = [("interventions", one.name) for one in recipe.intervention] + [("targets", recipe.target.name)]
+    named += [("probes", one.gate.probe) for one in recipe.intervention if one.gate]
     named += [("estimators", recipe.estimator.name)] if recipe.estimator else []
     named += [("judges", recipe.evaluate.judge)] if recipe.evaluate else []
     for folder, name in named:

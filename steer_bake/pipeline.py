@@ -51,11 +51,15 @@ def run(
     with no_empty_folder(folder):
         if job.recipe.estimator:
             stages.run("extract", job.extract_key, job.extract, job.directions_file)
+        if job.needs_probes:
+            stages.run("probe", job.probe_key, job.probe, job.gates_file)
         plan = job.plan()
         stages.run("bake", job.bake_key(plan), lambda: job.bake(plan), *job.baked_files)
         stages.run("validate", job.validate_key(plan), lambda: job.validate(plan), job.report_file)
         stages.run("evaluate base", job.evaluate_key(), lambda: job.evaluate("base"), job.answers_file("base"))
         stages.run("evaluate baked", job.evaluate_key(plan), lambda: job.evaluate("baked"), job.answers_file("baked"))
+        if plan.gates:
+            stages.run("gates", job.openings_key(plan), lambda: job.openings(plan), job.openings_file)
         stages.run("card", job.card_key(plan), job.card, job.model / "README.md", job.evaluation_file)
 
     report, evaluation = (json.loads(file.read_text("utf-8")) for file in (job.report_file, job.evaluation_file))

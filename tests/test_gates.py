@@ -333,19 +333,21 @@ def test_a_gated_bake_is_undone_without_its_base(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "said"),
+    ("model_type", "overrides", "said"),
     [
-        ("gemma2", "norm stands between"),
-        ("mamba", "no mlp write"),
-        ("mixtral", "weighted"),
-        ("mpt", "no name"),
-        ("nemotron", "relu2"),
-        ("glm", "one tensor"),
-        ("bitnet", "takes part"),
+        ("gemma2", {}, "norm stands between"),
+        ("mamba", {}, "no mlp write"),
+        ("mixtral", {}, "weighted"),
+        ("mpt", {}, "no name"),
+        ("nemotron", {}, "relu2"),
+        ("glm", {}, "one tensor"),
+        ("bitnet", {"hidden_act": "silu"}, "takes part"),
     ],
 )
-def test_a_model_without_room_for_a_gate_is_refused_with_the_reason(model_type: str, said: str, tmp_path: Path) -> None:
-    zoo.save(model_type, tmp_path)
+def test_a_model_without_room_for_a_gate_is_refused_with_the_reason(
+    model_type: str, overrides: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    zoo.save(model_type, tmp_path, **overrides)
     one = Gate(Site("mlp_in", 1), random(0), 0.0)
     with pytest.raises(NotFoldable, match=said):
         make_plan(Checkpoint.open(tmp_path), [adding("resid_post.1", 1.0, 3, one)])
