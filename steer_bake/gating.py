@@ -142,7 +142,7 @@ def fit(
     for samples_, what in ((train, "training"), (validation, "validation")):
         if not samples_.positive.any() or samples_.positive.all():
             raise RecipeError(f"the {what} prompts of the gate at {site} are all of one kind; give both kinds")
-    vector, bias = registry.load("probes", probe)(train, validation)
+    vector, bias = registry.load("probes", probe)(train)
     raw = validation.values @ vector + bias
     slope, shift = calibration(raw.double(), validation.positive, validation.weights)
     vector, bias = slope * vector, slope * bias + shift

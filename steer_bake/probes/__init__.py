@@ -1,7 +1,7 @@
 """How the probe of a gate is fitted: each file is one function of what the MLP reads on two kinds of prompts.
 
-``<name>(train: Samples, validation: Samples) -> (probe [d], bias)``: the logit ``probe . x + bias`` is high where the
-gate shall open. ``validation`` is for the strength of regularisation; scale and threshold are settled afterwards.
+``<name>(train: Samples) -> (probe [d], bias)``: the logit ``probe . x + bias`` is high where the gate shall open. Its
+scale and the threshold are settled afterwards, on other prompts.
 """
 
 from __future__ import annotations
@@ -29,6 +29,19 @@ class Samples:
         for side in (self.positive, ~self.positive):
             weights[side] /= 2 * weights[side].sum()
         return weights
+
+    def apart(self) -> tuple[Samples, Samples]:
+        """Without every fourth prompt of either kind, and these: for choosing a strength. Of few prompts, all twice."""
+        aside = torch.zeros(len(self.prompt), dtype=torch.bool)
+        for side in (self.positive, ~self.positive):
+            fourth = self.prompt[side].unique()[3::4]
+            if not len(fourth):
+                return self, self
+            aside |= torch.isin(self.prompt, fourth)
+        return self._only(~aside), self._only(aside)
+
+    def _only(self, rows: Tensor) -> Samples:
+        return Samples(self.values[rows], self.positive[rows], self.prompt[rows], self.last[rows])
 
 
 def auroc(scores: Tensor, positive: Tensor, weights: Tensor) -> float:
