@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +195,7 @@ _prefer = click.option(
     "how it works).",
 )  # fmt: skip
 
-_VECTOR_OPTIONS = ("vector", "sites", "from_site", "name", "coefficient", "units")
+_VECTOR_OPTIONS = ("vector", "sites", "from_site", "name", "coefficient", "units", "gate")
 
 
 def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -213,6 +214,10 @@ def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="What coefficient 1 means: scale (the vector's natural length), unit (length 1) or dose (the "
                 "mean length of the stream).",
             ),
+            click.option(
+                "--gate", type=click.Path(path_type=Path),
+                help="Gate file (of 'probe'): add the vector only where the gate of each site opens.",
+            ),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -227,7 +232,7 @@ def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
 @_json
 def plan(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, prefer: str, run_folder: Path | None, as_json: bool,
+    units: str, gate: Path | None, prefer: str, run_folder: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a bake would change, from config and tensor headers alone: of a hub model nothing else is downloaded.
 
@@ -241,7 +246,7 @@ def plan(
     if not model.endswith((".yaml", ".yml")):
         from .plan import make_plan
 
-        _, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units)
+        _, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units, gate)
         display.plan(make_plan(base, interventions, prefer), as_json)
         return
     from .job import Job
@@ -301,7 +306,7 @@ def explain(model: str, sites: tuple[str, ...], as_json: bool) -> None:
 @_json
 def bake(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, prefer: str, out: Path, stack: bool, no_download: bool, dry_run: bool, as_json: bool,
+    units: str, gate: Path | None, prefer: str, out: Path, stack: bool, no_download: bool, dry_run: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Fold one intervention into a copy of MODEL (hub id with optional @revision, folder or packaged name).
 
@@ -315,7 +320,9 @@ def bake(
     from .models import open_base
     from .plan import make_plan
 
-    ref, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units, away=no_download)
+    ref, base, interventions = _request(
+        model, vector, sites, from_site, name, coefficient, units, gate, away=no_download
+    )
     found = make_plan(base, interventions, prefer)  # refused, if at all, before gigabytes are downloaded
     if dry_run:
         if no_download:
@@ -576,17 +583,17 @@ def list_(what: str | None, as_json: bool) -> None:
 
 def _request(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, *, away: bool = False,
+    units: str, gate: Path | None, *, away: bool = False,
 ) -> tuple[Any, Any, list[Intervention]]:  # fmt: skip
     """The base, opened without downloading weights, and the interventions that the options ask for.
 
     ``away``: the weights are to stay on the hub, also where the cache has them.
     """
-    from . import architectures, direction, registry
+    from . import architectures, direction, gating, registry
     from .interventions import intervene
     from .job import choose_direction
     from .models import open_base, open_remote
-    from .sites import parse_site, parse_sites
+    from .sites import Site, parse_site, parse_sites
 
     if vector is None or sites is None:
         raise click.UsageError(
@@ -598,14 +605,14 @@ def _request(
         ref, base = open_remote(model, progress=advance) if away else open_base(model, weights=False, progress=advance)
     layers = architectures.layout(base.config).layers
     wanted = None if from_site is None else parse_site(from_site, layers)
-    return (
-        ref,
-        base,
-        [
-            intervene(name, choose_direction(directions, site, wanted), site, coefficient, units)
-            for site in parse_sites(sites, layers)
-        ],
-    )
+    found = [
+        intervene(name, choose_direction(directions, site, wanted), site, coefficient, units)
+        for site in parse_sites(sites, layers)
+    ]
+    if gate is not None:
+        gates = gating.load(gate)
+        found = [replace(one, gate=gating.chosen(gates, Site("mlp_in", one.site.layer))) for one in found]
+    return ref, base, found
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -147,8 +147,8 @@ class Neurons:
 
     def rounded(self, dtype: torch.dtype) -> Neurons:
         """As they are stored in ``dtype``, in float32."""
-        parts = (part.to(dtype).float() for part in (self.rows, self.biases, self.columns))
-        return Neurons(*parts, self.activation)
+        rows, biases, columns = (part.to(dtype).float() for part in (self.rows, self.biases, self.columns))
+        return Neurons(rows, biases, columns, self.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """What they add, [..., d], for what the MLP reads, ``x`` [..., d]; in the dtype of ``x``, as the MLP would."""

@@ -159,7 +159,7 @@ def fit(
             what: float((rows @ vector + bias > held).float().mean()) for what, rows in (unrelated or {}).items()
         },
         "train_tokens": len(train.values),
-        "validation_prompts": int(validation.prompt.unique().numel()),
+        "validation_prompts": len(set(validation.prompt.tolist())),
     }
     return Fitted(gate, measures)
 
@@ -242,7 +242,7 @@ def _calibration_error(sure: Tensor, positive: Tensor, weights: Tensor) -> float
 def _interval(logits: Tensor, validation: Samples) -> tuple[float, float]:
     """95 % interval of the AUROC: prompts of either kind drawn anew, with all their tokens."""
     generator = torch.Generator().manual_seed(0)
-    kinds = [validation.prompt[side].unique() for side in (validation.positive, ~validation.positive)]
+    kinds = [torch.unique(validation.prompt[side]) for side in (validation.positive, ~validation.positive)]
     found = []
     for _ in range(_RESAMPLES):
         times = torch.zeros(int(validation.prompt.max()) + 1, dtype=torch.float64)

@@ -209,8 +209,9 @@ def _gate(
 ) -> Gate | None:
     if described is None or probe is None:
         return None
-    numbers = {key: float(described[key]) for key in ("threshold", "width", "sharpness")}
-    return Gate(Site.named(described["site"]), probe, **numbers, otherwise=otherwise, name=str(described["name"]))
+    threshold, width, sharpness = (float(described[key]) for key in ("threshold", "width", "sharpness"))
+    site, name = Site.named(described["site"]), str(described["name"])
+    return Gate(site, probe, threshold, width, sharpness, otherwise, name)
 
 
 def _direction(described: Mapping[str, Any] | None, vector: torch.Tensor | None) -> Direction | None:

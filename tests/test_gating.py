@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from steer_bake import card, gating, pipeline
 from steer_bake.activations import tokens
 from steer_bake.architectures import layout
+from steer_bake.checkpoint import Checkpoint
 from steer_bake.cli import main
 from steer_bake.errors import RecipeError
 from steer_bake.gating import calibration, fit, passed_through, samples, youden
@@ -245,6 +246,11 @@ def test_a_gate_can_be_loaded_instead_of_fitted(llama: Path, tmp_path: Path) -> 
     job = Job(loading, tmp_path / "run")
     [one] = job.plan_sketch().gates
     assert one.gate is not None
+    vector = jobs.write_directions(tmp_path / "v.safetensors", "resid_post.1")
+    options = ["--vector", str(vector), "--sites", "resid_post.1", "--gate", str(tmp_path / "mine.safetensors")]
+    result = CliRunner().invoke(main, ["bake", str(llama), *options, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert Checkpoint.open(tmp_path / "out").config["intermediate_size"] == 64
     assert torch.equal(one.gate.probe, gating.load(tmp_path / "mine.safetensors")[1].gate.probe)
     assert not job.needs_probes
 

@@ -19,7 +19,7 @@ from steer_bake.direction import Direction, unit
 from steer_bake.errors import NotFoldable, RecipeError
 from steer_bake.houses import House, hosts, housed
 from steer_bake.houses.granite_swa import granite_swa
-from steer_bake.houses.llama import llama
+from steer_bake.houses.llama import FUSED, llama
 from steer_bake.interventions import Intervention, intervene
 from steer_bake.models import ModelRef, load_tokenizer
 from steer_bake.plan import make_plan
@@ -27,6 +27,7 @@ from steer_bake.proof import prove, shrunk
 from steer_bake.sites import Site
 from steer_bake.steering import steer
 from steer_bake.targets.checkpoint import checkpoint
+from steer_bake.unbake import unbake
 from steer_bake.validate import validate
 
 from . import tiny, zoo
@@ -52,6 +53,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}, "hy_v3"),
     "dots1": ("dots1", {**FULL, "norm_topk_prob": True}, "hy_v3"),
     "deepseek_v3": ("deepseek_v3", {}, "glm4_moe_lite"),
+    "phi3": ("phi3", {}, "llama"),
+    "phi3 tied, with one head of keys": ("phi3", {"tie_word_embeddings": True, "num_key_value_heads": 1}, "llama"),
+    "phi3 with a window": ("phi3", {"sliding_window": WINDOW}, "granite_swa"),
     "gemma": ("gemma", {}, "granite"),
     "gemma untied": ("gemma", {"tie_word_embeddings": False}, "granite"),
 }
@@ -78,7 +82,10 @@ def relabelled(folder: Path, out: Path, host: str) -> House:
     out.mkdir()
     base = Checkpoint.open(folder)
     claim = housed(base, registry.load("houses", host))
-    write_edited(base, claim.edits((), {}), out, config_changes=claim.config_changes, rename=claim.rename({}))
+    write_edited(
+        base, claim.edits((), {}), out, config_changes=claim.config_changes, rename=claim.rename({}),
+        dropped=claim.dropped,
+    )  # fmt: skip
     return claim.house
 
 
@@ -460,3 +467,42 @@ def test_the_card_says_that_the_class_is_another_one(qwen: Path, tmp_path: Path)
     }
     text = card.render(out, report, None, None)
     assert "the base is a `qwen2` model, this folder a `llama` model" in text
+
+
+# --- tensors in parts
+
+
+def test_what_phi3_has_in_one_tensor_comes_apart_and_together_again(tmp_path: Path) -> None:
+    zoo.save("phi3", tmp_path / "base", dtype=torch.bfloat16)
+    out = bake(tmp_path / "base", tmp_path / "out", [adding("resid_post.1", 4.0)])
+    base, found = Checkpoint.open(tmp_path / "base"), Checkpoint.open(out)
+    for layer in range(zoo.LAYERS):
+        for whole, parts in FUSED.items():
+            name = f"model.layers.{layer}.{whole}"
+            assert name not in found.tensors
+            joined = torch.cat([found.read(f"model.layers.{layer}.{part}") for part in parts])
+            assert torch.equal(joined, base.read(name))
+    assert manifest.read(out).originals.needs_base
+    unbake(out, tmp_path / "back", base)
+    assert (tmp_path / "back" / "model.safetensors").read_bytes() == (
+        tmp_path / "base" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_an_ablation_acts_on_what_came_apart(tmp_path: Path) -> None:
+    model = zoo.save("phi3", tmp_path / "base")
+    vector = unit(torch.randn(zoo.WIDTH, generator=torch.Generator().manual_seed(5)))[0]
+    wanted = [intervene("ablate", Direction(vector, None), Site.named("writes"), 1.0), adding("resid_post.2", 3.0)]
+    baked = load(bake(tmp_path / "base", tmp_path / "out", wanted), eager=False)
+    tokens = zoo.ids(20, batch=2)
+    with steer(model, wanted):
+        hooked = logits(model, tokens)
+    assert (hooked - logits(baked, tokens)).abs().max() / hooked.std() <= 5e-5
+
+
+def test_a_phi3_that_rotates_a_part_of_each_head_only_keeps_its_class(tmp_path: Path) -> None:
+    zoo.save(
+        "phi3", tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    )
+    with pytest.raises(NotFoldable, match="not the same"):
+        make_plan(Checkpoint.open(tmp_path), [adding("resid_post.1", 1.0)], "rehouse:llama")

@@ -34,7 +34,7 @@ class Samples:
         """Without every fourth prompt of either kind, and these: for choosing a strength. Of few prompts, all twice."""
         aside = torch.zeros(len(self.prompt), dtype=torch.bool)
         for side in (self.positive, ~self.positive):
-            fourth = self.prompt[side].unique()[3::4]
+            fourth = torch.unique(self.prompt[side])[3::4]
             if not len(fourth):
                 return self, self
             aside |= torch.isin(self.prompt, fourth)
