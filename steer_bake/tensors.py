@@ -163,8 +163,8 @@ def _misfit(stored: Tensor, edit: Edit, base: Checkpoint) -> float:
     before = torch.zeros(1).expand(edit.shape) if edit.source is None else base.read(edit.source)
     if edit.part is not None:
         before = before[slice(*edit.part)]
-    for axis, old in enumerate(edit.old_shape):  # what was appended is no change of what was there
-        stored = stored.narrow(axis, 0, old)
+    for axis, kept in enumerate(edit.old_shape):  # what was appended is no change of what was there
+        stored = stored.narrow(axis, 0, kept)
     size = overlap = length = 0.0
     for old, new in zip(_vectors(before, edit.axis), _vectors(stored, edit.axis), strict=True):
         was = old.float()
