@@ -7,7 +7,7 @@ requests and their harmless look-alikes only the labels are kept, never the answ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from .errors import RecipeError, did_you_mean
 from .evaluate import answers, compare
 from .interventions import Intervention
 from .models import load_model, load_tokenizer
-from .prompts import Prompt, check_length, encode
+from .prompts import Encoded, Prompt, check_length, encode
 from .recipe import Prompts, Recipe
 from .stages import Progress, silent
 from .steering import steer, watch
@@ -130,16 +130,15 @@ def openings(
         return []
     model, tokenizer, found = load_model(folder, dtype=dtype, device=device), load_tokenizer(folder), []
     for one in asked:
-        encoded, last = encode(tokenizer, one.prompts, "instruction"), 0
+        encoded = _behind_instruction(tokenizer, one.prompts)
         counts = [(Openings(), Openings()) for _ in gates]
         with progress(f"gates on {one.name}") as advance, steer(model, interventions), watch(model, gates) as seen:
             for done, prompt in enumerate(encoded):
-                last = len(prompt.ids) - 1
                 reload_worker.logits(model, [prompt.ids], int(tokenizer.pad_token_id))
                 for index, (behind, whole) in enumerate(counts):
                     [opened] = seen[index]
                     whole.add(opened)
-                    behind.add(opened[min(prompt.stop, last) :])
+                    behind.add(opened[prompt.start :])
                     seen[index].clear()
                 advance(done + 1, len(encoded))
         found += [
@@ -153,6 +152,15 @@ def openings(
             for gate, (behind, whole) in zip(gates, counts, strict=True)
         ]
     return found
+
+
+def _behind_instruction(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Encoded]:
+    """Each prompt from the end of its instruction on; its last token where that is not to be found."""
+    try:
+        found = encode(tokenizer, prompts, "instruction")
+    except RecipeError:
+        return encode(tokenizer, prompts, "last")
+    return [replace(one, start=min(one.stop, len(one.ids) - 1), stop=len(one.ids)) for one in found]
 
 
 def before_and_after(asked: Sequence[Question], base: Answered, baked: Answered) -> dict[str, Any]:

@@ -289,6 +289,19 @@ def _rounding(base: Checkpoint, plan: Plan) -> Iterator[Intervention]:
         yield Intervention(constant.site, shift, name="rounding")
 
 
+def _always_added(one: Intervention) -> Tensor:
+    """Of a gated shift what is added where the gate is closed: the part of it that does not depend on the token."""
+    if one.gate is None:
+        return one.affine.shift
+    return torch.zeros_like(one.affine.shift) if one.gate.otherwise is None else one.gate.otherwise
+
+
+def _opens_along(one: Intervention, along: Tensor) -> bool:
+    """Whether a gate adds to some tokens, and not to others, something along what the stream shall obey."""
+    opened = one.affine.shift - _always_added(one)
+    return one.gate is not None and bool((along.T @ opened).abs().max() > 1e-6 * opened.norm())
+
+
 def stream_probes(plan: Plan, layout: Layout) -> tuple[Tensor, list[dict[str, Any]]]:
     """What ablation and clamp at ``writes`` promise of the stream itself, at every residual site.
 
@@ -298,11 +311,11 @@ def stream_probes(plan: Plan, layout: Layout) -> tuple[Tensor, list[dict[str, An
     at_writes = compose((one.affine for one in plan.interventions if one.site.point == "writes"), layout.width)
     along = at_writes.fixed_functionals()
     elsewhere = [one for one in plan.interventions if one.site.point != "writes"]
-    if along.shape[1] == 0 or any(one.affine.is_linear for one in elsewhere):
+    if along.shape[1] == 0 or any(one.affine.is_linear or _opens_along(one, along) for one in elsewhere):
         return along[:, :0], []
 
     def expected(point: str, layer: int) -> list[float]:
-        passed = [one.affine.shift for one in elsewhere if one.site.order <= Site(point, layer).order]
+        passed = [_always_added(one) for one in elsewhere if one.site.order <= Site(point, layer).order]
         total = sum(passed, at_writes.shift)
         return [float(value) for value in along.double().T @ total.double()]
 

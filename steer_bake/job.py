@@ -76,7 +76,7 @@ class Job:
         if self.recipe.estimator:
             self._encoded_training()
         for one in self._to_fit:
-            self._split(one)
+            self._check_prompts(one)
         found = self.plan_sketch()
         _ = self._proof_rows
         behaviour.check_context(self._questions, self.base)
@@ -137,7 +137,8 @@ class Job:
     @cached_property
     def probe_key(self) -> str:
         wanted = [one.gate.model_dump() for one in self._to_fit if one.gate]
-        prompts = [[astuple(prompt) for prompt in side] for one in self._to_fit for side in self._split(one)]
+        read = [side for one in self._to_fit for side in (*self._split(one), *self._unrelated(one).values())]
+        prompts = [[astuple(prompt) for prompt in side] for side in read]
         sites = [str(site) for site in self.gate_sites()]
         return key(self._base_key, wanted, prompts, sites, self.dtype)
 
@@ -280,11 +281,10 @@ class Job:
                 )  # fmt: skip
             with self.progress(f"reading {what} prompts of the gate {gate.called!r}") as advance:
                 sides.append(gating.samples(model, self.layout, passed, sites, progress=advance))
-        unrelated = {}
-        for name in ("plain", *gate.unrelated):
-            source = recipes.Prompts(path="plain") if name == "plain" else self.recipe.prompts[name]
-            encoded = encode(tokenizer, source.load(self.home), "mean")
-            unrelated[name] = tokens(model, self.layout, encoded, sites)
+        unrelated = {
+            name: tokens(model, self.layout, encode(tokenizer, prompts, "mean"), sites)
+            for name, prompts in self._unrelated(one).items()
+        }
         return [
             gating.fit(
                 sides[0][site], sides[1][site], site, probe=gate.probe, name=gate.called,
@@ -326,6 +326,22 @@ class Job:
             )
         train = [one for side in of.values() for index, one in enumerate(side) if index % 5 != 4]
         return train, [one for side in of.values() for one in side[4::5]]
+
+    def _check_prompts(self, one: recipes.Intervention) -> None:
+        """Raise RecipeError where a prompt of a gate cannot be read as the recipe says."""
+        assert one.gate is not None
+        position = "instruction" if one.gate.position == "answer" else "last"
+        prompts = [prompt for side in self._split(one) for prompt in side]
+        encoded = encode(load_tokenizer(self.ref.folder), prompts, position)
+        wanted = max(one.gate.generated, self.recipe.validation.decode_tokens)
+        check_length(encoded, behaviour.context_length(self.base), wanted)
+        self._unrelated(one)
+
+    def _unrelated(self, one: recipes.Intervention) -> dict[str, list[Prompt]]:
+        """Texts on which a gate should stay closed."""
+        assert one.gate is not None
+        sets = {name: self.recipe.prompts[name].load(self.home) for name in one.gate.unrelated}
+        return {"plain": recipes.Prompts(path="plain").load(self.home)} | sets
 
     def _gate(self, one: recipes.Intervention, added: Intervention, gates: Sequence[Fitted] | None) -> Gate | None:
         """The gate of one of the recipe's interventions at one site; a stand-in where it is yet to be fitted."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from steer_bake import manifest, reload_worker
 from steer_bake.architectures import layout
 from steer_bake.checkpoint import Checkpoint
-from steer_bake.comparison import CONSTANTS_TOLERANCE, NOISE_MARGIN, Distance
+from steer_bake.comparison import CONSTANTS_TOLERANCE, NOISE_MARGIN, Distance, stream_probes
 from steer_bake.direction import Direction, unit
 from steer_bake.errors import NotFoldable, RecipeError
 from steer_bake.gate import RAMPS, Gate
@@ -202,6 +202,19 @@ def test_a_projection_behind_a_gate_takes_its_share_of_what_the_gate_adds(tmp_pa
     other_way = [ablated, wanted[0], wanted[2]]
     with steer(model, other_way):
         assert gap(hooked, reload_worker.logits(model, rows(), zoo.PAD)) > 1e-3
+
+
+def test_the_stream_is_held_to_an_ablation_unless_a_gate_adds_along_it(tmp_path: Path) -> None:
+    zoo.save("llama", tmp_path)
+    base = Checkpoint.open(tmp_path)
+    ablated = intervene_everywhere(53)
+    across = random(60) - (random(60) @ random(53)) * random(53)
+    one = Gate(Site("mlp_in", 1), random(0), 0.0)
+    for vector, held in ((across, True), (random(60), False)):
+        added = intervene("add", Direction(unit(vector)[0], None), Site("resid_post", 1), 2.0, "unit")
+        plan = make_plan(base, [ablated, replace(added, gate=one)])
+        along, probes = stream_probes(plan, layout(base.config))
+        assert bool(probes) == held == (along.shape[1] == 1)
 
 
 def intervene_everywhere(seed: int) -> Intervention:
