@@ -376,6 +376,8 @@ def test_a_gated_bake_is_undone_without_its_base(tmp_path: Path) -> None:
         ("mixtral", {}, "weighted"),
         ("mpt", {}, "no name"),
         ("nemotron", {}, "relu2"),
+        ("falcon_h1", {}, "multipliers inside"),
+        ("hy_v3", {}, "another name"),
         ("glm", {}, "one tensor"),
         ("bitnet", {"hidden_act": "silu"}, "takes part"),
     ],
@@ -414,3 +416,15 @@ def test_the_certificate_sees_a_neuron_that_was_changed(tensor: str, tmp_path: P
     report = validate(out, tmp_path / "base", wanted, rows(), pad_id=zoo.PAD, decode_tokens=4)
     failed = {check.name for check in report.checks if not check.passed}
     assert {"tensors", "function, constants (float32)"} <= failed
+
+
+def test_dense_and_sparse_layers_grow_by_numbers_of_their_own(tmp_path: Path) -> None:
+    zoo.save("deepseek_v2", tmp_path / "base")
+    model = load(tmp_path / "base")
+    wanted = [gated(model, 0), gated(model, 2)]
+    out = bake(tmp_path / "base", tmp_path / "out", wanted)
+    config = Checkpoint.open(out).config
+    assert (config["intermediate_size"], config["n_shared_experts"]) == (192, 2)
+    with steer(model, wanted):
+        hooked = reload_worker.logits(model, rows(), zoo.PAD)
+    assert gap(hooked, reload_worker.logits(load(out), rows(), zoo.PAD)) <= CONSTANTS_TOLERANCE

@@ -43,10 +43,11 @@ def neurons(piece: Piece, base: Base) -> Holding | None:
     for layer, mlp in mlps.items():
         key = (mlp.writer.weight.name, mlp.size)
         groups[key] = max(groups.get(key, 0), NEURONS * counts[layer])
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
     for (name, size), more in groups.items():
         members = [mlp for mlp in mlps.values() if (mlp.writer.weight.name, mlp.size) == (name, size)]
-        sizes |= _wider(members, more, piece.pad_to, base)
+        attribute, value = _wider(members, more, piece.pad_to, base)
+        sizes[attribute] = max(value, sizes.get(attribute, 0))
     for flags in _flags(mlps.values(), base):
         changes = _merged(base.layout.change(sizes), flags)
         after = base.after(changes)
@@ -98,8 +99,8 @@ def _mlp(layer: int, base: Base) -> _Mlp:
         if block.inner or block.rigid:
             reasons.append(f"a norm stands between the MLP and the stream in {whose}: no shift passes it as it is")
         elif not weight.whole:
-            reasons.append(f"what {writer.tensor} writes is weighted before it reaches the stream")
-        elif weight.scale(base.layout.text) != block.scale(base.layout.text):
+            reasons.append(f"what {weight.name} writes is weighted before it reaches the stream")
+        elif weight.scale is not block.scale:
             reasons.append(f"multipliers inside the MLP of {whose} act on neurons")
         else:
             found = _around(writer, layer, base)
@@ -146,13 +147,18 @@ def _shape(name: str, base: Base) -> tuple[int, ...]:
 # --- sizes and biases
 
 
-def _wider(members: Sequence[_Mlp], more: int, pad_to: int, base: Base) -> dict[str, Any]:
+def _wider(members: Sequence[_Mlp], more: int, pad_to: int, base: Base) -> tuple[str, int]:
     """The attribute of the config that gives ``members`` at least ``more`` neurons, and its new value.
 
     Raises:
         NotFoldable: no attribute does that and nothing else.
     """
     size, text = members[0].size, base.layout.text
+    other = next((name for one in members for name in one.widths if name not in _on_disk(base.skeleton, base)), None)
+    if other is not None:
+        raise NotFoldable(
+            f"{other} has another name in the {base.layout.model_type} class, which is asked for its size"
+        )
     for name, value in _candidates(size, more, pad_to, text):
         after = base.after(base.layout.change({name: value}))
         if after is None:
@@ -161,7 +167,7 @@ def _wider(members: Sequence[_Mlp], more: int, pad_to: int, base: Base) -> dict[
         enough = all(new[one.writer.tensor][1 - one.writer.weight.axis] >= size + more for one in members)
         grown = {base.on_disk(tensor) for tensor in base.grown(after)}
         if enough and grown <= set(_known_axes(base)):
-            return {name: value}
+            return name, value
     raise NotFoldable(
         f"no number in the config of this {base.layout.model_type} model gives {members[0].writer.tensor} more neurons "
         "and changes nothing else"
