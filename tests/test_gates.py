@@ -49,6 +49,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptj": ("gptj", {}, "gptj"),
     "falcon": ("falcon", {}, "falcon"),
     "deepseek_v2": ("deepseek_v2", {}, "deepseek_v2"),
+    "dots1": ("dots1", {"layer_types": ["full_attention"] * zoo.LAYERS, "norm_topk_prob": True}, "hy_v3"),
     "phi3": ("phi3", {}, "llama"),
     "phi3 with a window": ("phi3", {"sliding_window": 8}, "granite_swa"),
 }
