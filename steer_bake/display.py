@@ -207,6 +207,43 @@ def selection(content: Mapping[str, Any]) -> None:
     click.echo(f"intervention: {{name: {one['name']}, sites: [{sites}], coefficient: {one['coefficient']:g}}}")
 
 
+def gates(found: Sequence[Mapping[str, Any]]) -> None:
+    """Gates and what was measured of their probes."""
+    rows = []
+    for one in found:
+        measures = one["measures"]
+        low, high = measures["auroc_interval"]
+        token, once = measures["per_token"], measures["once_per_prompt"]
+        false = ", ".join(f"{name} {100 * share:.1f} %" for name, share in measures["false_fires"].items())
+        rows.append(
+            (
+                f"{one['name']} {one['site']}",
+                f"{measures['auroc']:.3f} [{low:.3f}, {high:.3f}]",
+                f"{100 * token['true_positives']:.0f} / {100 * token['false_positives']:.0f} %",
+                f"{100 * once['true_positives']:.0f} / {100 * once['false_positives']:.0f} %",
+                f"{measures['calibration_error']:.3f}",
+                false,
+            )
+        )
+    _print(
+        _table(["gate", "AUROC", "true / false, per token", "once a prompt", "calibration error", "elsewhere"], rows)
+    )
+    click.echo("baked is the decision per token; elsewhere: tokens of unrelated texts on which the gate is open")
+
+
+def openings(found: Sequence[Mapping[str, Any]]) -> None:
+    """On which tokens of which prompts gates are open."""
+    rows = [
+        (one["prompt_set"], f"{one['gate']} {one['site']}", _open(one["answer"]), _open(one["all"])) for one in found
+    ]
+    _print(_table(["prompts", "gate", "open behind the instruction", "open on all tokens"], rows))
+
+
+def _open(counts: Mapping[str, int]) -> str:
+    between = counts["tokens"] - counts["open"] - counts["closed"]
+    return f"{counts['open']}/{counts['tokens']}" + (f", {between} in part" if between else "")
+
+
 def report(content: Mapping[str, Any], what: str = "certificate") -> None:
     """The certificate or another report, one line per check."""
     rows = [
@@ -249,6 +286,8 @@ def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any]
     if rows:
         title = "behaviour: share of answers with the label, 95 % intervals"
         _print(_table(["prompts", "label", "base", "baked", "difference"], rows, title))
+    if evaluation.get("gates"):
+        openings(evaluation["gates"])
     if not evaluation["safety_measured"]:
         click.echo("refusals were not measured (--no-safety)")
     doses = [(one["site"], one["dose"]) for one in proof["interventions"] if one["dose"]]
