@@ -21,7 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .direction import Direction
-    from .explain import Explanation, Option
+    from .explain import Claim, Explanation, Option
     from .hub import Pushed
     from .plan import Plan
     from .unbake import Step
@@ -107,7 +107,8 @@ def explanation(found: Explanation) -> None:
     for name, keys in changed.items():
         if keys:
             click.echo(f"config.json: {name} sets {', '.join(sorted(keys))}")
-    _houses(found, loads)
+    for about in dict.fromkeys((one.operation, one.sites) for one in found.houses):
+        _houses([one for one in found.houses if (one.operation, one.sites) == about], loads)
     why: dict[str, list[str]] = {}
     for row in found.rows:
         if not row.options:
@@ -116,17 +117,17 @@ def explanation(found: Explanation) -> None:
         click.echo(textwrap.fill(f"refused: {', '.join(refused)}: {sentence}", _width(), subsequent_indent="  "))
 
 
-def _houses(found: Explanation, loads: Sequence[str]) -> None:
-    """The other classes that a model could be of."""
-    rows = [(one.model_type, *_offered(one.option, "b" if one.same_bits else "")) for one in found.houses if one.option]
+def _houses(found: Sequence[Claim], loads: Sequence[str]) -> None:
+    """The other classes that a model could be of, for what is asked at one site."""
+    rows = [(one.model_type, *_offered(one.option, "b" if one.same_bits else "")) for one in found if one.option]
     if rows:
-        example = found.houses[0]
+        example = found[0]
         click.echo(
             f"\nas another class (prefer: rehouse:CLASS), {example.operation} {example.sites}; proven before a bake"
         )
         _narrow(["", "held by", "", "new parameters", "layers", *loads], rows)
         click.echo("b the same bits in bfloat16 as under its own class")
-    for one in found.houses:
+    for one in found:
         if not one.option:
             text = f"refused: as {one.model_type}: {_first_sentence(one.refused)}"
             click.echo(textwrap.fill(text, _width(), subsequent_indent="  "))

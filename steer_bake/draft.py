@@ -36,7 +36,8 @@ class Draft:
         for name, shape in _created(self.base, holding.config_changes).items():
             new.setdefault(self.base.on_disk(name), shape)
         there = {*self.edits, *map(self.base.on_disk, already)}
-        longer = sum(edit.appended.values.numel() for edit in holding.edits if edit.appended is not None)
+        kept = [edit for edit in holding.edits if edit.tensor in known]
+        longer = sum(math.prod(edit.shape) - math.prod(known[edit.tensor].shape) for edit in kept)
         return longer + sum(math.prod(shape) for name, shape in new.items() if name not in there)
 
     def add(self, holding: Holding) -> None:

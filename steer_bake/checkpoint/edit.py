@@ -74,8 +74,8 @@ class Edit:
 
     ``tensor`` is the name in the output. Where ``source`` is the same tensor the edit is in place; where the base has
     no tensor of that name it goes into the one extra shard (an untied head, a new bias, a carrier layer's matrices).
-    ``shape`` is that of the output: the source's (or the zeros'), longer along ``appended.axis`` by what is appended. Before
-    the map, ``rows`` are taken out of the source and multiplied by ``scale``.
+    ``shape`` is that of the output: the source's or the zeros', longer along ``appended.axis`` by what is appended.
+    Before the map, ``rows`` are taken out of the source and multiplied by ``scale``.
     """
 
     tensor: str

@@ -73,7 +73,7 @@ class _Mlp:
     second: str  # what it is multiplied with; empty in an MLP without a gate
     size: int  # neurons
     axis: int  # of ``first`` and ``second``: the residual one
-    free: int = 0  # neurons that are zeros, for another class has the whole MLP and the model's own has not
+    free: int = 0  # neurons that are zeros: another class has this MLP, and of the model nothing is stored for it
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def _around(writer: Writer, layer: int, base: Base) -> _Mlp | str:
     for first, second in named:
         if all(_shape(name, base) == inside for name in (first, second) if name):
             known = base.checkpoint.tensors
-            is_new = all(not known[name].file for name in (writer.tensor, first, *([second] if second else [])))
+            is_new = all(not known[name].nbytes for name in (writer.tensor, first, second) if name)
             found = _Mlp(writer, first, second, size, 1 - axis, size if is_new else 0)
             strange = _strange(found, layer, base)
             return f"{strange} takes part in the MLP of {writer.tensor}" if strange else found
