@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from steer_bake import manifest, reload_worker
 from steer_bake.architectures import layout
+from steer_bake.audit import audit
 from steer_bake.checkpoint import Checkpoint
 from steer_bake.comparison import CONSTANTS_TOLERANCE, NOISE_MARGIN, Distance, stream_probes
 from steer_bake.direction import Direction, unit
@@ -370,13 +372,42 @@ def test_the_manifest_gives_the_gates_back(tmp_path: Path) -> None:
         assert torch.equal(before.probe, after.probe)
 
 
-def test_a_gated_bake_is_undone_without_its_base(tmp_path: Path) -> None:
-    zoo.save("qwen2", tmp_path / "base", dtype=torch.bfloat16)
-    out = bake(tmp_path / "base", tmp_path / "out", [gated(load(tmp_path / "base"), 1)])
-    assert not manifest.read(out).originals.needs_base
-    unbake(out, tmp_path / "back")
+UNDONE_ALONE = {"llama": True, "qwen2": True, "gpt2": True, "deepseek_v2": True, "phi3": False, "gemma": False}
+
+
+@pytest.mark.parametrize("case", UNDONE_ALONE)
+def test_a_gated_bake_is_undone_bit_for_bit_and_without_its_base_where_no_matrix_was_remade(
+    case: str, tmp_path: Path
+) -> None:
+    model_type, overrides, _ = CASES[case]
+    zoo.save(model_type, tmp_path / "base", dtype=torch.bfloat16, **overrides)
+    out = bake(tmp_path / "base", tmp_path / "out", several(load(tmp_path / "base")))
+    assert manifest.read(out).originals.needs_base == (not UNDONE_ALONE[case])
+    unbake(out, tmp_path / "back", None if UNDONE_ALONE[case] else Checkpoint.open(tmp_path / "base"))
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
+
+
+@pytest.mark.tampered
+@pytest.mark.parametrize("model_type", ["qwen2", "phi3"])
+@pytest.mark.parametrize(
+    ("tensor", "row"),
+    [("gate_proj.weight", 160), ("gate_proj.weight", 191), ("up_proj.bias", 161), ("down_proj.weight", 0)],
+    ids=["the probe", "the zeros behind it", "what multiplies it", "the vector"],
+)
+def test_the_audit_sees_a_neuron_that_was_changed(model_type: str, tensor: str, row: int, tmp_path: Path) -> None:
+    zoo.save(model_type, tmp_path / "base", dtype=torch.bfloat16, sliding_window=None)
+    out = bake(tmp_path / "base", tmp_path / "out", [gated(load(tmp_path / "base"), 1)])
+    base = Checkpoint.open(tmp_path / "base")
+    assert audit(out, base).passed
+    name = f"model.layers.1.mlp.{tensor}"
+    path = out / Checkpoint.open(out).tensors[name].file
+    tensors = load_file(path)
+    changed = tensors[name] if tensors[name].ndim == 1 else tensors[name][row]
+    changed[row if tensors[name].ndim == 1 else -1] += 0.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    failed = {check.name: check.detail for check in audit(out, base).checks if not check.passed}
+    assert name in failed["tensors"]
 
 
 @pytest.mark.parametrize(
@@ -437,8 +468,6 @@ def test_the_certificate_fails_where_a_gate_never_opens(tmp_path: Path) -> None:
 @pytest.mark.tampered
 @pytest.mark.parametrize("tensor", ["gate_proj.bias", "up_proj.bias"])
 def test_the_certificate_sees_a_neuron_that_was_changed(tensor: str, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     zoo.save("llama", tmp_path / "base")
     wanted = [gated(load(tmp_path / "base"), 1)]
     out = bake(tmp_path / "base", tmp_path / "out", wanted)
