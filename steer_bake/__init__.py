@@ -21,6 +21,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .direction import Direction
     from .errors import SteerBakeError
+    from .gate import Gate
     from .interventions import Intervention, intervene
     from .models import resolve
     from .pipeline import bake, run
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Direction",
+    "Gate",
     "Intervention",
     "Site",
     "SteerBakeError",
@@ -44,6 +46,7 @@ __all__ = [
 #: Where each public name lives. No name is a module's: importing a submodule would hide it.
 _HOME = {
     "Direction": "direction",
+    "Gate": "gate",
     "Intervention": "interventions",
     "Site": "sites",
     "SteerBakeError": "errors",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from .errors import ExtractionError, RecipeError
 from .estimators import Statistics
 from .prompts import Encoded
 from .refusal import keeps_keys_and_values
-from .sites import Site
+from .sites import READ_POINTS, Site
 
 # Padded tokens in one forward. A processor is fastest where a batch's activations stay in its caches.
 _TOKENS_ON_CPU = 512
@@ -115,9 +115,7 @@ def _walk(
     if not encoded:
         raise RecipeError(_NOTHING)
     device, offloaded = _where(model)
-    if tokens_per_batch is None:
-        # every forward of a model that lies on disk reads it from there
-        tokens_per_batch = _TOKENS_ON_CPU if device.type == "cpu" and not offloaded else _TOKENS_ELSEWHERE
+    tokens_per_batch = tokens_per_batch or _batch_size(device, offloaded)
     own = distributed.share(len(encoded))
     mine = [encoded[index] for index in own]
     done = 0
@@ -140,6 +138,57 @@ def _where(model: Any) -> tuple[torch.device, bool]:
     places = set(spread.values())
     first = next((place for place in spread.values() if place != "disk"), "cpu")
     return torch.device(first), "disk" in places or ("cpu" in places and len(places) > 1)
+
+
+def _batch_size(device: torch.device, offloaded: bool) -> int:
+    # Every forward of a model that lies on disk reads it from there.
+    return _TOKENS_ON_CPU if device.type == "cpu" and not offloaded else _TOKENS_ELSEWHERE
+
+
+def tokens(
+    model: Any,
+    layout: Layout,
+    encoded: Sequence[Encoded],
+    sites: Sequence[Site],
+    *,
+    tokens_per_batch: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[Site, Tensor]:
+    """What is at ``sites`` at every token of each prompt's read span: [tokens, d] float32, the prompts in their order.
+
+    Memory grows with the number of tokens, in every process under torchrun. For the rest as :func:`collect`.
+    """
+    if not encoded:
+        raise RecipeError(_NOTHING)
+    device, offloaded = _where(model)
+    own = distributed.share(len(encoded))
+    mine = [encoded[index] for index in own]
+    ends = list(accumulate(map(_length, encoded)))
+    found = {site: torch.zeros(ends[-1], layout.width) for site in sites}
+    done = 0
+    with _evaluating(model), _Reader(model, layout, sites, device) as reader, torch.inference_mode():
+        everyone = _Group(0, tuple(range(len(mine))))
+        for batch in _batches(mine, everyone, tokens_per_batch or _batch_size(device, offloaded)):
+            members = [mine[index] for index in batch]
+            longest = max(len(one.ids) for one in members)
+            ids = [one.ids + (0,) * (longest - len(one.ids)) for one in members]
+            places = [(row, place) for row, one in enumerate(members) for place in range(one.start, one.stop)]
+            rows, spans = [row for row, _ in places], [(place, place + 1) for _, place in places]
+            reads = reader.forward(ids, None, lambda hidden, r=rows, s=spans: _summed(hidden, r, s))  # type: ignore[misc]
+            _check(reads, [members[row] for row in rows])
+            last = [ends[own[index]] for index in batch]
+            target = torch.cat([torch.arange(end - _length(one), end) for end, one in zip(last, members, strict=True)])
+            for site, read in reads.items():
+                found[site][target] = read.vectors.cpu()
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(mine))
+    distributed.add_up(list(found.values()))
+    return found
+
+
+def _length(one: Encoded) -> int:
+    return one.stop - one.start
 
 
 # --- which prompts go together
@@ -254,7 +303,7 @@ class _Reader:
                 f"activations are read at one place, and {str(site)!r} is many; name layers, like resid_post.14"
             )
         module, scale = self._place(site, site.layer)
-        if site.point in ("resid_pre", "resid_mid"):
+        if site.point in ("resid_pre", "resid_mid", *READ_POINTS):
 
             def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self._see(site, args[0] if args else kwargs["hidden_states"], scale)
@@ -275,6 +324,8 @@ class _Reader:
             if not layout.architecture.middle:
                 raise RecipeError(f"{site} cannot be read in a {layout.model_type} model: no module takes it as input")
             return whole.get_submodule(layout.architecture.middle), 1.0
+        if site.point in READ_POINTS:
+            return layout.reader(self._model, layer), 1.0
         blocks = layout.modules(self._model, "attention" if site.point == "attn_out" else "mlp", layer)
         if len(blocks) != 1:
             raise RecipeError(f"{site} cannot be read: layer {layer} has {len(blocks)} blocks that write there")

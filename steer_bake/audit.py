@@ -80,7 +80,7 @@ def audit(folder: Path, base: Checkpoint, *, hash_files: bool = False, progress:
     told: Manifest | None = None
     try:
         told = manifest.read(folder, incomplete=base.remote is not None)
-        plan = make_plan(base, told.interventions, told.prefer, told.target)
+        plan = make_plan(base, told.interventions, told.prefer, told.target, pad_to=told.pad_to)
     except SteerBakeError as error:
         why = str(error) if told is None else f"there is no such plan for {base.folder}: {error}"
         return _report(folder, base, None, told, hash_files, [Check("manifest", False, None, None, why)])

@@ -7,19 +7,22 @@ requests and their harmless look-alikes only the labels are kept, never the answ
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from . import judges
+from . import judges, reload_worker
 from .checkpoint import Checkpoint
+from .comparison import Openings
 from .errors import RecipeError, did_you_mean
 from .evaluate import answers, compare
+from .interventions import Intervention
 from .models import load_model, load_tokenizer
-from .prompts import PACKAGED, Prompt, check_length, encode
+from .prompts import PACKAGED, Encoded, Prompt, check_length, encode
 from .recipe import Prompts, Recipe
 from .stages import Progress, silent
+from .steering import steer, watch
 
 SAFETY_SETS = ("safety/harmful", "safety/harmless")
 SAFETY_TOKENS = 24  # a refusal shows in the opening words
@@ -124,6 +127,57 @@ def ask(
         if one.keep_answers:
             found[one.name]["answers"] = texts
     return found
+
+
+def openings(
+    folder: Path,
+    asked: Sequence[Question],
+    interventions: Sequence[Intervention],
+    *,
+    dtype: str,
+    device: str,
+    progress: Progress = silent,
+) -> list[dict[str, Any]]:
+    """For every gate and prompt set the tokens on which it is open, closed and in between, under the hooks.
+
+    Counted are a prompt's tokens from the end of the instruction on, and apart from these all of its tokens.
+    """
+    gates = [one.gate for one in interventions if one.gate]
+    if not gates:
+        return []
+    model, tokenizer, found = load_model(folder, dtype=dtype, device=device), load_tokenizer(folder), []
+    for one in asked:
+        encoded = _behind_instruction(tokenizer, one.prompts)
+        counts = [(Openings(), Openings()) for _ in gates]
+        with progress(f"gates on {one.name}") as advance, steer(model, interventions), watch(model, gates) as seen:
+            for done, prompt in enumerate(encoded):
+                reload_worker.logits(model, [prompt.ids], int(tokenizer.pad_token_id))
+                for index, (behind, whole) in enumerate(counts):
+                    [opened] = seen[index]
+                    whole.add(opened)
+                    behind.add(opened[prompt.start :])
+                    seen[index].clear()
+                advance(done + 1, len(encoded))
+        found += [
+            {
+                "prompt_set": one.name,
+                "site": str(gate.site),
+                "gate": gate.name,
+                "answer": behind.as_json(),
+                "all": whole.as_json(),
+            }
+            for gate, (behind, whole) in zip(gates, counts, strict=True)
+        ]
+    return found
+
+
+def _behind_instruction(tokenizer: Any, prompts: Sequence[Prompt]) -> list[Encoded]:
+    """Each prompt from the end of its instruction on; its last token where that is not to be found."""
+    try:
+        found = encode(tokenizer, prompts, "instruction")
+    except RecipeError:
+        return encode(tokenizer, prompts, "last")
+    return [replace(one, start=min(one.stop, len(one.ids) - 1), stop=len(one.ids)) for one in found]
 
 
 def before_and_after(asked: Sequence[Question], base: Answered, baked: Answered) -> dict[str, Any]:

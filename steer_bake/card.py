@@ -158,6 +158,10 @@ def _content(
         "licence": publication.licence.get("license_name") or publication.licence.get("license"),
         "acknowledged": publication.acknowledged,
         "interventions": report["interventions"] if report else plan["interventions"],
+        "gates": report.get("gates", ())
+        if report
+        else [{"gate": one["gate"]} for one in plan["interventions"] if "gate" in one],
+        "openings": measured.get("gates", ()),
         "code": loading_code(place, found.target),
         "loading": _loading(folder, plan, publication.repo) if found.target == CHECKPOINT else [],
         "adapter": _adapter(found),

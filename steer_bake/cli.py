@@ -10,6 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ def run(
     if dry_run:
         Stages(folder)
         job = Job(recipe, folder, device=pick_device(device), dtype=dtype, safety=not no_safety, progress=progress)
-        display.plan(job.check(), as_json, sketch=job.recipe.estimator is not None)
+        display.plan(job.check(), as_json, sketch=job.recipe.estimator is not None or job.needs_probes)
         display.note(f"this is what {folder / 'model'} would hold; nothing was written")
         return
     done = pipeline.run(
@@ -181,6 +182,49 @@ def extract(
     display.note(f"written to {out}")
 
 
+@main.command(short_help="Fit the gates of a recipe.")
+@_recipe
+@click.option("-o", "--out", type=click.Path(path_type=Path), default="gates.safetensors", show_default=True)
+@_device
+@_dtype
+@_dry_run
+@_json
+def probe(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_json: bool) -> None:
+    """Fit the gates of a RECIPE on its labelled prompts, measure them, and write them to a safetensors file.
+
+    Under torchrun every process answers and reads its share of the prompts and the first one writes the file.
+
+    \b
+    Example:
+      steer-bake probe recipes/selective.yaml -o gates.safetensors
+    """
+    from . import distributed
+    from .fitting import save_gates
+    from .job import Job
+    from .models import pick_device
+    from .stages import no_empty_folder, silent
+
+    with distributed.joined(pick_device(device)) as own:
+        seen = progress if distributed.is_first() else silent
+        job = Job(recipe, out.parent, device=own, dtype=dtype, progress=seen)
+        job.check()
+        if dry_run:
+            sites = ", ".join(map(str, job.gate_sites())) or "nothing"
+            display.note(f"would fit {sites} of {job.ref.name} and write {out}")
+            return
+        found = job.fit_gates()
+        if not distributed.is_first():
+            return
+        with no_empty_folder(out.parent):
+            save_gates(found, out)
+    rows = [{**one.gate.described(), "measures": dict(one.measures)} for one in found]
+    if as_json:
+        display.as_json(rows)
+        return
+    display.gates(rows)
+    display.note(f"written to {out}")
+
+
 _prefer = click.option(
     "--prefer", default="smallest", show_default=True,
     metavar="smallest|bit_exact|widest_loading|keep_class|rehouse[:TYPE]|approximate",
@@ -193,7 +237,7 @@ _target = click.option(
     help="What to write: checkpoint, lora (a PEFT adapter) or gguf-vector (a llama.cpp control vector).",
 )  # fmt: skip
 
-_VECTOR_OPTIONS = ("vector", "sites", "from_site", "name", "coefficient", "units")
+_VECTOR_OPTIONS = ("vector", "sites", "from_site", "name", "coefficient", "units", "gate")
 
 
 def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -215,6 +259,10 @@ def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
                 help="What coefficient 1 means: scale (the vector's natural length), unit (length 1) or dose (the "
                 "mean length of the stream).",
             ),
+            click.option(
+                "--gate", type=click.Path(path_type=Path),
+                help="Gate file (of 'probe'): add the vector only where the gate of each site opens.",
+            ),
         ]
     ):  # fmt: skip
         command = option(command)
@@ -230,7 +278,7 @@ def _vector_options(command: Callable[..., None]) -> Callable[..., None]:
 @_json
 def plan(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, prefer: str, target: str, run_folder: Path | None, as_json: bool,
+    units: str, gate: Path | None, prefer: str, target: str, run_folder: Path | None, as_json: bool,
 ) -> None:  # fmt: skip
     """Show what a bake would change, from config and tensor headers alone: of a hub model nothing else is downloaded.
 
@@ -244,7 +292,7 @@ def plan(
     if not model.endswith((".yaml", ".yml")):
         from .plan import make_plan
 
-        _, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units)
+        _, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units, gate)
         display.plan(make_plan(base, interventions, prefer, target), as_json)
         return
     from .job import Job
@@ -260,6 +308,8 @@ def plan(
     job = Job(Path(model), folder, device=pick_device("auto"), progress=progress)
     current = Stages(folder).is_current("extract", job.extract_key, job.directions_file)
     extracted = current or not job.recipe.estimator
+    if job.needs_probes:
+        extracted = extracted and Stages(folder).is_current("probe", job.probe_key, job.gates_file)
     display.plan(job.plan() if extracted else job.plan_sketch(), as_json, sketch=not extracted)
 
 
@@ -305,7 +355,8 @@ def explain(model: str, sites: tuple[str, ...], as_json: bool) -> None:
 @_json
 def bake(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, prefer: str, target: str, out: Path, stack: bool, no_download: bool, dry_run: bool, as_json: bool,
+    units: str, gate: Path | None, prefer: str, target: str, out: Path, stack: bool, no_download: bool, dry_run: bool,
+    as_json: bool,
 ) -> None:  # fmt: skip
     """Fold one intervention into a copy of MODEL (hub id with optional @revision, folder or packaged name), or write it
     as an adapter or a control vector for MODEL.
@@ -321,7 +372,9 @@ def bake(
     from .models import open_base
     from .plan import make_plan
 
-    ref, base, interventions = _request(model, vector, sites, from_site, name, coefficient, units, away=no_download)
+    ref, base, interventions = _request(
+        model, vector, sites, from_site, name, coefficient, units, gate, away=no_download
+    )
     found = make_plan(base, interventions, prefer, target)  # refused, if at all, before gigabytes are downloaded
     if dry_run:
         if no_download:
@@ -913,17 +966,17 @@ def _offload(folder: Path | None, max_memory: Sequence[str]) -> Any:
 
 def _request(
     model: str, vector: Path | None, sites: str | None, from_site: str | None, name: str, coefficient: float,
-    units: str, *, away: bool = False,
+    units: str, gate: Path | None, *, away: bool = False,
 ) -> tuple[Any, Any, list[Intervention]]:  # fmt: skip
     """The base, opened without downloading weights, and the interventions that the options ask for.
 
     ``away``: the weights are to stay on the hub, also where the cache has them.
     """
-    from . import architectures, direction, registry
+    from . import architectures, direction, gating, registry
     from .interventions import intervene
     from .job import choose_direction
     from .models import open_base, open_remote
-    from .sites import parse_site, parse_sites
+    from .sites import Site, parse_site, parse_sites
 
     if vector is None or sites is None:
         raise click.UsageError(
@@ -935,14 +988,14 @@ def _request(
         ref, base = open_remote(model, progress=advance) if away else open_base(model, weights=False, progress=advance)
     layers = architectures.layout(base.config).layers
     wanted = None if from_site is None else parse_site(from_site, layers)
-    return (
-        ref,
-        base,
-        [
-            intervene(name, choose_direction(directions, site, wanted), site, coefficient, units)
-            for site in parse_sites(sites, layers)
-        ],
-    )
+    found = [
+        intervene(name, choose_direction(directions, site, wanted), site, coefficient, units)
+        for site in parse_sites(sites, layers)
+    ]
+    if gate is not None:
+        gates = gating.load(gate)
+        found = [replace(one, gate=gating.chosen(gates, Site("mlp_in", one.site.layer))) for one in found]
+    return ref, base, found
 
 
 def _judge_options(judge: str, judges: Sequence[str], options: Sequence[str]) -> dict[str, Any]:

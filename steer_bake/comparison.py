@@ -30,7 +30,7 @@ from .plan import Plan, describe
 from .prompts import Encoded
 from .representations.squares import missing
 from .sites import Site
-from .steering import steer
+from .steering import steer, watch
 
 ADAPTER_TOLERANCE = 2e-5  # products of thin matrices, added to what the untouched matrix gives
 CONSTANTS_TOLERANCE = 2e-5  # max logit gap in units of std(logits), float32: rounding noise is 1e-6 to 4e-6
@@ -120,6 +120,24 @@ class Distance:
 
 
 @dataclass
+class Openings:
+    """On how many tokens a gate was open, closed, and in between."""
+
+    open: int = 0
+    closed: int = 0
+    tokens: int = 0
+
+    def add(self, found: Tensor) -> None:
+        """Count ``g(x)`` of some tokens, [tokens]."""
+        self.open += int((found > 0.95).sum())
+        self.closed += int((found < 0.05).sum())
+        self.tokens += found.numel()
+
+    def as_json(self) -> dict[str, int]:
+        return {"open": self.open, "closed": self.closed, "tokens": self.tokens}
+
+
+@dataclass
 class Comparison:
     """Base, hooks and what the worker left in ``scratch``, one batch in memory at a time."""
 
@@ -139,6 +157,7 @@ class Comparison:
     readings: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)  # mean |h| of the base where something is added
     missing: dict[int, float] = field(default_factory=dict)  # by layer: what squares lack of the vector, at worst
+    openings: dict[int, Openings] = field(default_factory=dict)  # by number among the plan's gates
 
     def run(self) -> None:
         with self._model("float32") as model:
@@ -155,12 +174,13 @@ class Comparison:
 
     def _float32(self, model: PreTrainedModel) -> None:
         hooks = list(self.plan.interventions)
-        stored = [*hooks, *_stored(self.base, self.plan)] if self.plan.is_constant else hooks
+        stored = _as_stored(self.base, self.plan) if self.plan.is_constant else hooks
         pad_id = self.job["pad_id"]
         for index, rows in enumerate(self.job["batches"]):
             plain = reload_worker.logits(model, rows, pad_id)
-            with steer(model, hooks):
+            with steer(model, hooks), watch(model, [one.gate for one in self.plan.gates if one.gate]) as seen:
                 hooked = reload_worker.logits(model, rows, pad_id)
+            self._count_openings(rows, seen)
             self.effect.update(plain, hooked)
             if "float32" in self.loaded:
                 with steer(model, stored):
@@ -185,6 +205,11 @@ class Comparison:
 
     def _candidate(self, name: str, index: int, draw: int = 0) -> Tensor:
         return load_file(self.scratch / f"{name}.{index}{f'.{draw}' if draw else ''}.safetensors")["logits"]
+
+    def _count_openings(self, rows: list[list[int]], seen: list[list[Tensor]]) -> None:
+        real = reload_worker.pad(rows, self.job["pad_id"])[1].bool().flatten()
+        for index, [found] in enumerate(seen):
+            self.openings.setdefault(index, Openings()).add(found[real])
 
     @contextmanager
     def _model(self, dtype: str) -> Iterator[PreTrainedModel]:
@@ -262,6 +287,7 @@ class Comparison:
                 f"stream ({what})", value <= STREAM_TOLERANCE, value, STREAM_TOLERANCE,
                 f"|r.h - expected| / |h| is {value:.1e} at worst, at the {probe['side']} of {probe['module']}",
             )  # fmt: skip
+        yield from self._gate_checks()
         effect = self.effect.gap()
         for layer, share in self.missing.items():
             limit = CONSTANTS_TOLERANCE / effect.max_over_std if effect.max_over_std else 0.0
@@ -284,6 +310,24 @@ class Comparison:
             f"function, {leg} (float32)", gap.max_over_std <= limit and gap.first_divergence is None,
             gap.max_over_std, limit, f"max gap {gap.max_over_std:.1e} std, greedy decoding {_decoding(gap)}",
         )  # fmt: skip
+
+    def gates(self) -> list[dict[str, Any]]:
+        """Every gate with the tokens on which it was open, closed and in between."""
+        return [
+            {"gate": one.gate.described(), **self.openings[index].as_json()}
+            for index, one in enumerate(self.plan.gates)
+            if one.gate is not None and index in self.openings
+        ]
+
+    def _gate_checks(self) -> Iterator[Check]:
+        found = self.gates()
+        if not found:
+            return
+        never = [str(one["gate"]["site"]) for one in found if one["closed"] == one["tokens"]]
+        shares = [1 - one["closed"] / one["tokens"] for one in found]
+        good = f"{len(found)} gates open, at least in part, on {min(shares):.1%} to {max(shares):.1%} of the tokens"
+        wrong = [f"the gate at {site} opens on no token: compare on prompts that it is for as well" for site in never]
+        yield Check.of("gates", wrong, good)
 
     def _approximation(self) -> Check:
         gap, effect = self.exact.gap(), self.effect.gap()
@@ -326,7 +370,16 @@ def _decoding(gap: Gap) -> str:
     return "identical" if gap.first_divergence is None else f"differs from token {gap.first_divergence} on"
 
 
-def _stored(base: Checkpoint, plan: Plan) -> Iterator[Intervention]:
+def _as_stored(base: Checkpoint, plan: Plan) -> list[Intervention]:
+    """The plan's interventions as the file holds them: constants and the neurons of gates in the storage dtype."""
+    dtype = storage_dtype(base)
+    gated = [
+        one if one.gate is None else replace(one, gate=replace(one.gate, stored=dtype)) for one in plan.interventions
+    ]
+    return [*gated, *_rounding(base, plan)]
+
+
+def _rounding(base: Checkpoint, plan: Plan) -> Iterator[Intervention]:
     """What rounding each constant to its storage dtype adds to the stream: at most a unit in the last place."""
     edits = {edit.tensor: edit for edit in plan.edits}
     for constant in plan.constants:
@@ -335,6 +388,19 @@ def _stored(base: Checkpoint, plan: Plan) -> Iterator[Intervention]:
         off = off.movedim(edit.axis, -1).reshape(-1, edit.shape[edit.axis])[0]  # where it is held many times: the same
         shift = replace(Affine.identity(len(off)), shift=off * constant.scale)
         yield Intervention(constant.site, shift, name="rounding")
+
+
+def _always_added(one: Intervention) -> Tensor:
+    """Of a gated shift what is added where the gate is closed: the part of it that does not depend on the token."""
+    if one.gate is None:
+        return one.affine.shift
+    return torch.zeros_like(one.affine.shift) if one.gate.otherwise is None else one.gate.otherwise
+
+
+def _opens_along(one: Intervention, along: Tensor) -> bool:
+    """Whether a gate adds to some tokens, and not to others, something along what the stream shall obey."""
+    opened = one.affine.shift - _always_added(one)
+    return one.gate is not None and bool((along.T @ opened).abs().max() > 1e-6 * opened.norm())
 
 
 def stream_probes(plan: Plan, layout: Layout) -> tuple[Tensor, list[dict[str, Any]]]:
@@ -346,11 +412,11 @@ def stream_probes(plan: Plan, layout: Layout) -> tuple[Tensor, list[dict[str, An
     at_writes = compose((one.affine for one in plan.interventions if one.site.point == "writes"), layout.width)
     along = at_writes.fixed_functionals()
     elsewhere = [one for one in plan.interventions if one.site.point != "writes"]
-    if along.shape[1] == 0 or any(one.affine.is_linear for one in elsewhere):
+    if along.shape[1] == 0 or any(one.affine.is_linear or _opens_along(one, along) for one in elsewhere):
         return along[:, :0], []
 
     def expected(point: str, layer: int) -> list[float]:
-        passed = [one.affine.shift for one in elsewhere if one.site.order <= Site(point, layer).order]
+        passed = [_always_added(one) for one in elsewhere if one.site.order <= Site(point, layer).order]
         total = sum(passed, at_writes.shift)
         return [float(value) for value in along.double().T @ total.double()]
 

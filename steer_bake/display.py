@@ -21,7 +21,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from .direction import Direction
-    from .explain import Explanation, Option
+    from .explain import Claim, Explanation, Option
     from .hub import Pushed
     from .plan import Plan
     from .unbake import Step
@@ -107,7 +107,8 @@ def explanation(found: Explanation) -> None:
     for name, keys in changed.items():
         if keys:
             click.echo(f"config.json: {name} sets {', '.join(sorted(keys))}")
-    _houses(found, loads)
+    for about in dict.fromkeys((one.operation, one.sites) for one in found.houses):
+        _houses([one for one in found.houses if (one.operation, one.sites) == about], loads)
     why: dict[str, list[str]] = {}
     for row in found.rows:
         if not row.options:
@@ -116,17 +117,17 @@ def explanation(found: Explanation) -> None:
         click.echo(textwrap.fill(f"refused: {', '.join(refused)}: {sentence}", _width(), subsequent_indent="  "))
 
 
-def _houses(found: Explanation, loads: Sequence[str]) -> None:
-    """The other classes that a model could be of."""
-    rows = [(one.model_type, *_offered(one.option, "b" if one.same_bits else "")) for one in found.houses if one.option]
+def _houses(found: Sequence[Claim], loads: Sequence[str]) -> None:
+    """The other classes that a model could be of, for what is asked at one site."""
+    rows = [(one.model_type, *_offered(one.option, "b" if one.same_bits else "")) for one in found if one.option]
     if rows:
-        example = found.houses[0]
+        example = found[0]
         click.echo(
             f"\nas another class (prefer: rehouse:CLASS), {example.operation} {example.sites}; proven before a bake"
         )
         _narrow(["", "held by", "", "new parameters", "layers", *loads], rows)
         click.echo("b the same bits in bfloat16 as under its own class")
-    for one in found.houses:
+    for one in found:
         if not one.option:
             text = f"refused: as {one.model_type}: {_first_sentence(one.refused)}"
             click.echo(textwrap.fill(text, _width(), subsequent_indent="  "))
@@ -207,6 +208,43 @@ def selection(content: Mapping[str, Any]) -> None:
     click.echo(f"intervention: {{name: {one['name']}, sites: [{sites}], coefficient: {one['coefficient']:g}}}")
 
 
+def gates(found: Sequence[Mapping[str, Any]]) -> None:
+    """Gates and what was measured of their probes."""
+    rows = []
+    for one in found:
+        measures = one["measures"]
+        low, high = measures["auroc_interval"]
+        token, once = measures["per_token"], measures["once_per_prompt"]
+        false = ", ".join(f"{name} {100 * share:.1f} %" for name, share in measures["false_fires"].items())
+        rows.append(
+            (
+                f"{one['name']} {one['site']}",
+                f"{measures['auroc']:.3f} [{low:.3f}, {high:.3f}]",
+                f"{100 * token['true_positives']:.0f} / {100 * token['false_positives']:.0f} %",
+                f"{100 * once['true_positives']:.0f} / {100 * once['false_positives']:.0f} %",
+                f"{measures['calibration_error']:.3f}",
+                false,
+            )
+        )
+    _print(
+        _table(["gate", "AUROC", "true / false, per token", "once a prompt", "calibration error", "elsewhere"], rows)
+    )
+    click.echo("baked is the decision per token; elsewhere: tokens of unrelated texts on which the gate is open")
+
+
+def openings(found: Sequence[Mapping[str, Any]]) -> None:
+    """On which tokens of which prompts gates are open."""
+    rows = [
+        (one["prompt_set"], f"{one['gate']} {one['site']}", _open(one["answer"]), _open(one["all"])) for one in found
+    ]
+    _print(_table(["prompts", "gate", "open behind the instruction", "open on all tokens"], rows))
+
+
+def _open(counts: Mapping[str, int]) -> str:
+    between = counts["tokens"] - counts["open"] - counts["closed"]
+    return f"{counts['open']}/{counts['tokens']}" + (f", {between} in part" if between else "")
+
+
 def report(content: Mapping[str, Any], what: str = "certificate") -> None:
     """The certificate or another report, one line per check."""
     rows = [
@@ -249,6 +287,8 @@ def outcome(model: Path, proof: Mapping[str, Any], evaluation: Mapping[str, Any]
     if rows:
         title = "behaviour: share of answers with the label, 95 % intervals"
         _print(_table(["prompts", "label", "base", "baked", "difference"], rows, title))
+    if evaluation.get("gates"):
+        openings(evaluation["gates"])
     if not evaluation["safety_measured"]:
         click.echo("refusals were not measured (--no-safety)")
     _plain_text(evaluation)

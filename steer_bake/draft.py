@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,11 +31,14 @@ class Draft:
 
     def size(self, holding: Holding) -> int:
         """How many parameters ``holding`` would add to the model."""
-        known = self.base.checkpoint.tensors
+        known, already = self.base.checkpoint.tensors, _created(self.base, self.config_changes)
         new = {edit.tensor: edit.shape for edit in holding.edits if edit.tensor not in known}
         for name, shape in _created(self.base, holding.config_changes).items():
             new.setdefault(self.base.on_disk(name), shape)
-        return sum(math.prod(shape) for name, shape in new.items() if name not in self.edits)
+        there = {*self.edits, *map(self.base.on_disk, already)}
+        kept = [edit for edit in holding.edits if edit.tensor in known]
+        longer = sum(math.prod(edit.shape) - math.prod(known[edit.tensor].shape) for edit in kept)
+        return longer + sum(math.prod(shape) for name, shape in new.items() if name not in there)
 
     def add(self, holding: Holding) -> None:
         mark = f"+{len(self.extras)}"
@@ -50,8 +53,7 @@ class Draft:
         for edit in holding.edits:
             name = named(edit.tensor)
             before = self.edits.get(name)
-            affine = edit.affine if before is None else before.affine.then(edit.affine)
-            self.edits[name] = replace(edit, tensor=name, affine=affine)
+            self.edits[name] = replace(edit if before is None else _both(before, edit), tensor=name)
 
     def complete(self) -> None:
         """Write what else the class wants after the config changes, in old and inserted layers: zeros.
@@ -60,21 +62,33 @@ class Draft:
             NotFoldable: together the changes make the class want something else than additional tensors.
         """
         base = self.base
-        created = base.unlocked(self.config_changes)
-        if created is None:
+        after = base.after(self.config_changes)
+        grown = {} if after is None else base.grown(after)
+        if after is None or any(self._shape(base.on_disk(name)) != shape for name, shape in grown.items()):
             raise NotFoldable(
                 f"the {base.layout.model_type} class does not take these config changes together: "
                 f"{self.config_changes}; bake fewer sites, or sites of one kind"
             )
-        stack = base.layout.architecture.stack
-        for name, shape in created.items():
-            names = [base.on_disk(name)]
-            for extra, mark in self.extras:
-                if name.startswith(f"{base.layout.layer(extra.like)}."):
-                    inside = name.removeprefix(f"{base.layout.layer(extra.like)}.")
-                    names.append(f"{base.on_disk(stack)}.{mark}.{inside}")
-            for one in names:
-                self.edits.setdefault(one, base.new(one, shape))
+        for name, shape in after.items():
+            if name not in base.skeleton:
+                for one in (base.on_disk(name), *self._inserted(name)):
+                    self.edits.setdefault(one, base.new(one, shape))
+        if grown and any(extra.moved for extra, _ in self.extras):
+            raise NotFoldable("a layer that is split does not go together with gates; steer at 'resid_post' instead")
+        for name, shape in grown.items():
+            for one in self._inserted(name):
+                self.edits[one] = _longer(self.edits[one], shape, base)
+
+    def _shape(self, tensor: str) -> tuple[int, ...]:
+        return self.edits[tensor].shape if tensor in self.edits else ()
+
+    def _inserted(self, name: str) -> Iterator[str]:
+        """The names, so far, of the tensors of inserted layers that are what ``name`` is in the layer they are like."""
+        base = self.base
+        for extra, mark in self.extras:
+            start = f"{base.layout.layer(extra.like)}."
+            if name.startswith(start):
+                yield f"{base.on_disk(base.layout.architecture.stack)}.{mark}.{name.removeprefix(start)}"
 
     def numbered(self) -> Numbered:
         """Edits, config changes and constants under the final numbers of the layers, the new names, and those numbers.
@@ -113,6 +127,24 @@ class Draft:
         return edits, self.config_changes, constants, rename, moved
 
 
+def _both(one: Edit, other: Edit) -> Edit:
+    """``one`` and then ``other``, of the same tensor."""
+    last = one if other.affine.is_identity else other
+    grown = one if other.appended is None else other
+    return replace(
+        other, affine=one.affine.then(other.affine), axis=last.axis, shape=grown.shape, appended=grown.appended
+    )
+
+
+def _longer(edit: Edit, shape: tuple[int, ...], base: Base) -> Edit:
+    """A tensor of an inserted layer in a model with more neurons: zeros behind what it holds."""
+    if edit.affine.is_identity and not edit.diagonals and edit.source is None:
+        return base.new(edit.tensor, shape)
+    if edit.source is not None or edit.shape == shape or shape[edit.axis] != edit.shape[edit.axis]:
+        raise NotFoldable(f"an inserted layer whose {edit.tensor} is filled does not go together with gates")
+    return replace(edit, shape=shape)
+
+
 #: What config changes create, by base: plans ask it of the same few changes for every piece.
 _known: WeakKeyDictionary[Base, dict[str, Skeleton]] = WeakKeyDictionary()
 
@@ -121,7 +153,8 @@ def _created(base: Base, changes: Mapping[str, Any]) -> Skeleton:
     known = _known.setdefault(base, {})
     key = json.dumps(changes, sort_keys=True)
     if key not in known:
-        known[key] = (base.unlocked(changes) or {}) if changes else {}
+        after = base.after(changes) if changes else None
+        known[key] = {name: shape for name, shape in (after or {}).items() if name not in base.skeleton}
     return known[key]
 
 

@@ -22,16 +22,18 @@ from .checkpoint import Checkpoint, TensorInfo
 from .direction import Direction
 from .draft import Draft
 from .errors import CheckpointError, NotFoldable, RecipeError, UnknownArchitecture
+from .gate import Gate
 from .houses import House, Rule, housed, rules
 from .interventions import Intervention, intervene
 from .models import open_base, read_config
 from .plan import PREFERENCES, Offer, choose, offers
 from .representations import Base
 from .runtimes import runtimes
-from .sites import Site, parse_sites
+from .sites import READ_POINTS, Site, parse_sites
 from .skeleton import stored
 
 OPERATIONS = ("add", "ablate", "clamp")
+GATE = "gate"  # an addition behind a probe of what is read at the site
 #: Of a model type that no file in architectures/ claims.
 NEVER_BAKED = "not described: can be read and steered with hooks, is never baked"
 
@@ -170,8 +172,7 @@ def explain(
     asked = [
         (label, operation, places)
         for label, places in _places(sites, layout.layers)
-        for operation in OPERATIONS
-        if not (operation == "add" and places[0].layer is None)
+        for operation in _operations(places[0])
     ]
     rows = []
     for done, (label, operation, places) in enumerate(asked):
@@ -179,6 +180,9 @@ def explain(
         if progress is not None:
             progress(done + 1, len(asked))
     houses = _houses(asked[0], view, total) if asked else ()
+    for one, row in zip(asked[1:], rows[1:], strict=True):
+        if row.operation == GATE and not row.options:
+            houses += _houses(one, view, total)
     return Explanation(
         name,
         layout.model_type,
@@ -260,6 +264,7 @@ def _places(sites: Sequence[str], layers: int) -> list[tuple[str, list[Site]]]:
         f"resid_mid.{middle}",
         f"attn_out.{middle}",
         f"mlp_out.{middle}",
+        f"mlp_in.{middle}",
         "resid_pre.0",
         "writers",
         "writes",
@@ -267,9 +272,15 @@ def _places(sites: Sequence[str], layers: int) -> list[tuple[str, list[Site]]]:
     return [(text, parse_sites(text, layers)) for text in wanted]
 
 
+def _operations(site: Site) -> Sequence[str]:
+    if site.point in READ_POINTS:
+        return (GATE,)
+    return OPERATIONS if site.layer is not None else tuple(one for one in OPERATIONS if one != "add")
+
+
 def _row(label: str, operation: str, places: Sequence[Site], base: Base, total: int) -> Row:
     try:
-        found = offers(base, [_made_up(operation, site, base.layout.width) for site in places])
+        found = offers(base, [made_up(operation, site, base.layout.width) for site in places])
     except (NotFoldable, RecipeError) as reason:
         return Row(label, operation, (), {"": str(reason)})
     names = {name for offer in found if len(offer.options) > 1 for name in offer.options}
@@ -290,10 +301,14 @@ def _row(label: str, operation: str, places: Sequence[Site], base: Base, total: 
     return Row(label, operation, tuple(options), refused)
 
 
-def _made_up(operation: str, site: Site, width: int) -> Intervention:
+def made_up(operation: str, site: Site, width: int) -> Intervention:
+    """An example of ``operation`` at ``site``; of a gate, one that opens what the MLP there writes."""
     vector = torch.zeros(width)
     vector[0] = 1.0
-    return intervene(operation, Direction(vector, site), site)
+    if operation != GATE:
+        return intervene(operation, Direction(vector, site), site)
+    opened = Site("mlp_out", site.layer)
+    return replace(intervene("add", Direction(vector, opened), opened), gate=Gate(site, vector, 0.0))
 
 
 def _option(
@@ -311,7 +326,11 @@ def _option(
         draft.add(holding)
     draft.complete()
     needs = tuple(sorted(set(_needs(draft, base, added))))
-    new = sum(math.prod(edit.shape) for name, edit in draft.edits.items() if not base.has(name))
+    known = base.checkpoint.tensors
+    new = sum(
+        math.prod(edit.shape) - (math.prod(known[name].shape) if name in known else 0)
+        for name, edit in draft.edits.items()
+    )
     _, config_changes, *_ = draft.numbered()
     host = base.layout.parsed.model_type  # a decoder inside a wrapper is another class to a loader
     return Option(
@@ -335,7 +354,7 @@ def _option(
 def _houses(asked: tuple[str, str, Sequence[Site]], base: Base, total: int) -> tuple[Claim, ...]:
     """What every house that claims the model would make of what is ``asked``."""
     label, operation, places = asked
-    wanted = [_made_up(operation, site, base.layout.width) for site in places]
+    wanted = [made_up(operation, site, base.layout.width) for site in places]
     found = []
     for rule in rules(base.layout):
         house = rule(base.layout.parsed)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
-from . import adapter, architectures, baked, behaviour, card, damage, direction, manifest, registry
+from . import adapter, architectures, baked, behaviour, card, damage, direction, gating, manifest, registry
 from . import recipe as recipes
 from .architectures import Layout
 from .behaviour import Question
@@ -20,9 +20,12 @@ from .checkpoint import Checkpoint
 from .direction import Direction
 from .errors import CheckpointError, RecipeError, ValidationFailed
 from .estimation import Estimation
+from .fitting import Fitting, save_gates
+from .gating import Fitted
 from .interventions import Intervention, intervene
-from .models import ModelRef, Offload, Placement, resolve
+from .models import ModelRef, Offload, Placement, load_tokenizer, resolve
 from .plan import Plan, make_plan
+from .prompts import encode
 from .recipe import Recipe
 from .sites import Site, parse_site, parse_sites
 from .stages import Progress, key, replacing, silent, write_text
@@ -80,6 +83,7 @@ class Job:
         """
         if self.recipe.estimator:
             self.estimation.check()
+        self.fitting.check()
         found = self.plan_sketch()
         _ = self._proof_rows
         behaviour.check_context(self._questions, self.base)
@@ -90,6 +94,14 @@ class Job:
     @property
     def directions_file(self) -> Path:
         return self.folder / "direction.safetensors"
+
+    @property
+    def gates_file(self) -> Path:
+        return self.folder / "gates.safetensors"
+
+    @property
+    def openings_file(self) -> Path:
+        return self.folder / "openings.json"
 
     @property
     def model(self) -> Path:
@@ -136,6 +148,10 @@ class Job:
         sibling = _stamps(sorted(source.folder.iterdir())) if source is not self.ref else []
         return key(self._base_key, self.recipe.estimator, self.recipe.read, sites, self.dtype, prompts, sibling)
 
+    @cached_property
+    def probe_key(self) -> str:
+        return key(self._base_key, self.fitting.inputs(), self.dtype)
+
     def bake_key(self, plan: Plan) -> str:
         return key(self._base_key, self.recipe.target, plan.sha256)
 
@@ -152,6 +168,9 @@ class Job:
         model = self.bake_key(plan) if plan else self._base_key
         wanted = self.recipe.damage and self.recipe.damage.model_dump()
         return key(model, wanted, self.dtype, self.device, "damage")
+
+    def openings_key(self, plan: Plan) -> str:
+        return key(self.evaluate_key(plan), "openings")
 
     def card_key(self, plan: Plan) -> str:
         measured = [each(one) for each in (self.evaluate_key, self.damage_key) for one in (None, plan)]
@@ -192,10 +211,39 @@ class Job:
             )
         return sorted(set(sites), key=lambda site: site.order)
 
+    # --- gates
+
+    @cached_property
+    def fitting(self) -> Fitting:
+        """How the gates come about."""
+        return Fitting(
+            self.recipe, self.home, self.ref, self.base,
+            dtype=self.dtype, placement=self.placement, progress=self.progress,
+        )  # fmt: skip
+
+    @property
+    def needs_probes(self) -> bool:
+        """Whether a gate is to be fitted."""
+        return bool(self.fitting.wanted)
+
+    def probe(self) -> None:
+        """Fit the recipe's gates into ``gates.safetensors``."""
+        save_gates(self.fit_gates(), self.gates_file)
+
+    def fit_gates(self) -> list[Fitted]:
+        """The recipe's gates, one per site of every intervention that has one (raises as :meth:`Fitting.gates`)."""
+        return self.fitting.gates()
+
+    def gate_sites(self) -> list[Site]:
+        """Where gates are to be fitted."""
+        return self.fitting.sites()
+
     # --- plan and bake
 
-    def interventions(self, directions: Sequence[Direction]) -> list[Intervention]:
-        """The recipe's interventions, each with its direction."""
+    def interventions(
+        self, directions: Sequence[Direction], gates: Sequence[Fitted] | None = None
+    ) -> list[Intervention]:
+        """The recipe's interventions, each with its direction and, where it has one, its gate."""
         found = []
         for one in self.recipe.intervention:
             own = direction.load(self.home / one.direction.load) if one.direction else directions
@@ -204,28 +252,31 @@ class Job:
             _check_layers(one.coefficient, sites)
             for site in sites:
                 coefficient = _at_layer(one.coefficient, site)
-                found.append(intervene(one.name, choose_direction(own, site, wanted), site, coefficient, one.units))
+                added = intervene(one.name, choose_direction(own, site, wanted), site, coefficient, one.units)
+                found.append(replace(added, gate=self.fitting.gate(one, added, gates)))
         return found
 
     def plan(self) -> Plan:
         """What the bake will change, from the recipe's direction file or from what :meth:`extract` wrote."""
-        if self.recipe.direction:
-            directions = direction.load(self.home / self.recipe.direction.load)
-            return self._plan(directions)
-        directions = direction.load(self.directions_file) if self.recipe.estimator else []
-        return self._plan(directions)
+        gates = gating.load(self.gates_file) if self.needs_probes else None
+        return self._plan(direction.load(self.directions_file) if self.recipe.estimator else self._loaded(), gates)
 
     def plan_sketch(self) -> Plan:
         """:meth:`plan` before extraction: the right tensors, decisions and refusals; made-up vectors where needed."""
         if not self.recipe.estimator:
-            return self.plan()
+            return self._plan(self._loaded())
         vector = torch.zeros(self.layout.width)
         vector[0] = 1.0
         stand_ins = [Direction(vector, site, stream_norm=1.0) for site in self.read_sites()]
         return self._plan(stand_ins)
 
-    def _plan(self, directions: Sequence[Direction]) -> Plan:
-        return make_plan(self.base, self.interventions(directions), self.recipe.target.prefer, self.recipe.target.name)
+    def _loaded(self) -> list[Direction]:
+        named = self.recipe.direction
+        return direction.load(self.home / named.load) if named else []
+
+    def _plan(self, directions: Sequence[Direction], gates: Sequence[Fitted] | None = None) -> Plan:
+        found, target = self.interventions(directions, gates), self.recipe.target
+        return make_plan(self.base, found, target.prefer, target.name, pad_to=target.pad_to)
 
     def bake(self, plan: Plan) -> None:
         """Write ``model/`` and ``plan.json``."""
@@ -240,7 +291,10 @@ class Job:
     @cached_property
     def _proof_rows(self) -> list[tuple[int, ...]]:
         wanted = self.recipe.validation
-        return baked.proof_rows(wanted.prompts, self.home, self.base, wanted.decode_tokens)
+        rows = baked.proof_rows(wanted.prompts, self.home, self.base, wanted.decode_tokens)
+        opening = self.fitting.held_back()  # plain text opens no gate
+        more = encode(load_tokenizer(self.ref.folder), opening) if opening else []
+        return [*rows, *(one.ids for one in more)]
 
     def validate(self, plan: Plan) -> None:
         """Write ``report.json``; where a check failed, rename the model to ``model.rejected`` and raise."""
@@ -280,6 +334,14 @@ class Job:
         )  # fmt: skip
         write_text(self.damage_file(which), json.dumps(found, indent=1) + "\n")
 
+    def openings(self, plan: Plan) -> None:
+        """Write ``openings.json``: on which share of each prompt set's tokens each gate is open, under the hooks."""
+        found = behaviour.openings(
+            self.ref.folder, self._questions, plan.interventions, dtype=self.dtype, device=self.device,
+            progress=self.progress,
+        )  # fmt: skip
+        write_text(self.openings_file, json.dumps(found, indent=1) + "\n")
+
     def card(self) -> None:
         """Put base and baked side by side in ``evaluation.json`` and write the model card."""
         base, after = (json.loads(self.answers_file(which).read_text(encoding="utf-8")) for which in ("base", "baked"))
@@ -288,6 +350,8 @@ class Job:
         if self.recipe.damage:
             sides = [json.loads(self.damage_file(which).read_text(encoding="utf-8")) for which in ("base", "baked")]
             evaluation["damage"] = damage.before_and_after(*sides)
+        if self.openings_file.is_file() and any(one.gate for one in self.recipe.intervention):
+            evaluation["gates"] = json.loads(self.openings_file.read_text(encoding="utf-8"))
         write_text(self.evaluation_file, json.dumps(evaluation, indent=2) + "\n")
         manifest.set_recipe(self.model, self.text)
         report = json.loads(self.report_file.read_text(encoding="utf-8"))
@@ -347,6 +411,7 @@ def _at_layer(value: float | dict[int, float], site: Site) -> float:
 def _check_names(recipe: Recipe) -> None:
     """Every name that a folder of extensions must have, before the model is looked for."""
     named = [("interventions", one.name) for one in recipe.intervention] + [("targets", recipe.target.name)]
+    named += [("probes", one.gate.probe) for one in recipe.intervention if one.gate]
     named += [("estimators", recipe.estimator.name)] if recipe.estimator else []
     named += [("judges", recipe.evaluate.judge)] if recipe.evaluate else []
     for folder, name in named:

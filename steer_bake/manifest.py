@@ -24,13 +24,14 @@ from . import __version__
 from .affine import Affine
 from .checkpoint import FileRecord, check_complete
 from .direction import Direction
-from .errors import CheckpointError
+from .errors import CheckpointError, RecipeError
+from .gate import Gate
 from .interventions import Intervention
 from .models import ModelRef
 from .originals import JSON_FILE as JSON_FILE
 from .originals import VECTORS_FILE as VECTORS_FILE
 from .originals import Originals
-from .plan import Plan, describe
+from .plan import PAD_TO, Plan, describe
 from .sites import Site
 from .stages import write_text
 
@@ -53,6 +54,11 @@ class Manifest:
     def target(self) -> str:
         """What was written: a checkpoint, or something to go beside one."""
         return _of_plan(self.content, "target")
+
+    @property
+    def pad_to(self) -> int:
+        """What the number of neurons was made a multiple of; of no consequence where no gate is held."""
+        return int(self.content["plan"].get("pad_to", PAD_TO))
 
     @property
     def base(self) -> Mapping[str, Any]:
@@ -107,6 +113,14 @@ def _of_plan(content: Any, key: str) -> str:
         return {"prefer": "smallest", "target": "checkpoint"}[key]
 
 
+def padding(folder: Path) -> int:
+    """What the plan of a baked folder made the number of neurons a multiple of; the default where it does not say."""
+    try:
+        return int(json.loads((folder / JSON_FILE).read_text())["plan"]["pad_to"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return PAD_TO
+
+
 def write(
     folder: Path,
     plan: Plan,
@@ -124,6 +138,10 @@ def write(
         parts = {"left": affine.left, "right": affine.right, "shift": affine.shift}
         if intervention.direction is not None:
             parts["direction"] = intervention.direction.vector
+        if intervention.gate is not None:
+            parts["probe"] = intervention.gate.probe
+            if intervention.gate.otherwise is not None:
+                parts["otherwise"] = intervention.gate.otherwise
         # clones: one vector may serve as two of these, and the format stores no tensor twice
         tensors.update({f"{index}.{name}": part.contiguous().clone() for name, part in parts.items() if part.numel()})
     vectors = to_bytes(tensors | originals.tensors(), metadata={"format": "pt"})
@@ -168,10 +186,11 @@ def read(folder: Path, *, incomplete: bool = False) -> Manifest:
         described = content["plan"]["interventions"]
         found = tuple(_intervention(index, one, tensors) for index, one in enumerate(described))
         for intervention, one in zip(found, described, strict=True):
-            if describe(intervention)["sha256"] != one["sha256"]:
+            again = describe(intervention)
+            if any(again.get(key) != one.get(key) for key in ("sha256", "gate")):
                 raise CheckpointError(
                     f"{JSON_FILE} and {VECTORS_FILE} in {folder} do not belong together (the vector of {one['name']} "
-                    f"at {one['site']} has another hash); bake it again"
+                    f"at {one['site']}, or its gate, has another hash); bake it again"
                 )
         for known in ("name", "folder", "hub_id", "revision", "packaged", "original"):
             content["base"][known]
@@ -183,7 +202,9 @@ def read(folder: Path, *, incomplete: bool = False) -> Manifest:
         if not all(isinstance(one.name, str) and isinstance(one.size, int) for one in records):
             raise TypeError("a file without name or size")
         originals = Originals.read(content["base_files"], tensors)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError, zlib.error) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, IndexError, SafetensorError, zlib.error, RecipeError,
+    ) as error:  # fmt: skip
         raise CheckpointError(
             f"{JSON_FILE} or {VECTORS_FILE} in {folder} is damaged ({type(error).__name__}: {error}); bake it again"
         ) from error
@@ -201,7 +222,18 @@ def _intervention(index: int, described: Mapping[str, Any], tensors: Mapping[str
         described["amount"],
         described["stream_norm"],
         _direction(described["direction"], tensors.get(f"{index}.direction")),
+        _gate(described.get("gate"), tensors.get(f"{index}.probe"), tensors.get(f"{index}.otherwise")),
     )
+
+
+def _gate(
+    described: Mapping[str, Any] | None, probe: torch.Tensor | None, otherwise: torch.Tensor | None
+) -> Gate | None:
+    if described is None or probe is None:
+        return None
+    threshold, width, sharpness = (float(described[key]) for key in ("threshold", "width", "sharpness"))
+    site, name = Site.named(described["site"]), str(described["name"])
+    return Gate(site, probe, threshold, width, sharpness, otherwise, name)
 
 
 def _direction(described: Mapping[str, Any] | None, vector: torch.Tensor | None) -> Direction | None:

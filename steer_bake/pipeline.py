@@ -14,7 +14,7 @@ from .errors import RecipeError
 from .interventions import Intervention
 from .job import Job
 from .models import ModelRef, open_base, open_remote, pick_device
-from .plan import make_plan
+from .plan import PAD_TO, make_plan
 from .stages import Progress, Stages, no_empty_folder, silent
 
 
@@ -58,6 +58,8 @@ def run(
     with no_empty_folder(folder):
         if job.recipe.estimator:
             stages.run("extract", job.extract_key, job.extract, job.directions_file)
+        if job.needs_probes:
+            stages.run("probe", job.probe_key, job.probe, job.gates_file)
         plan = job.plan()
         stages.run("bake", job.bake_key(plan), lambda: job.bake(plan), *job.baked_files)
         stages.run("validate", job.validate_key(plan), lambda: job.validate(plan), job.report_file)
@@ -66,6 +68,8 @@ def run(
         if job.recipe.damage:
             stages.run("damage base", job.damage_key(), lambda: job.damage("base"), job.damage_file("base"))
             stages.run("damage baked", job.damage_key(plan), lambda: job.damage("baked"), job.damage_file("baked"))
+        if plan.gates:
+            stages.run("gates", job.openings_key(plan), lambda: job.openings(plan), job.openings_file)
         stages.run("card", job.card_key(plan), job.card, job.model / "README.md", job.evaluation_file)
 
     report, evaluation = (json.loads(file.read_text("utf-8")) for file in (job.report_file, job.evaluation_file))
@@ -81,6 +85,7 @@ def bake(
     prefer: str = "smallest",
     stack: bool = False,
     download: bool = True,
+    pad_to: int = PAD_TO,
     progress: Progress = silent,
 ) -> Path:
     """Fold ``interventions`` into a copy of ``model`` (hub id, folder or packaged name) at ``out``.
@@ -97,7 +102,9 @@ def bake(
     with progress("fetching the model") as advance:
         open_model = open_base if download else open_remote
         ref, base = open_model(str(model), progress=advance)
-    return bake_opened(ref, base, interventions, out, target=target, prefer=prefer, stack=stack, progress=progress)
+    return bake_opened(
+        ref, base, interventions, out, target=target, prefer=prefer, stack=stack, pad_to=pad_to, progress=progress
+    )
 
 
 def bake_opened(
@@ -109,11 +116,12 @@ def bake_opened(
     target: str = "checkpoint",
     prefer: str = "smallest",
     stack: bool = False,
+    pad_to: int = PAD_TO,
     progress: Progress = silent,
 ) -> Path:
     """:func:`bake` of a model that :func:`open_base` or :func:`open_remote` has opened."""
     write = registry.load("targets", target)
-    plan = make_plan(base, interventions, prefer, target)
+    plan = make_plan(base, interventions, prefer, target, pad_to=pad_to)
     if base.remote is not None:
         check_no_weights(base, plan.edits, plan.rename, plan.dropped)
     out = Path(out)

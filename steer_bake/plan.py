@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
 
 from . import architectures, registry
 from .affine import Affine, compose
@@ -21,8 +23,11 @@ from .errors import CheckpointError, NotFoldable, RecipeError, did_you_mean
 from .houses import Housed, hosts, housed
 from .interventions import Intervention, in_forward_order
 from .proof import prove
-from .representations import Base, Constant, Holding, Piece
+from .representations import Base, Constant, Gated, Holding, Piece
 from .sites import Site
+
+#: Matrix products are fastest where the number of neurons is a multiple of this.
+PAD_TO = 64
 
 
 @dataclass(frozen=True)
@@ -57,12 +62,17 @@ class Plan:
     restated: tuple[str, ...] = ()  # tensors that the other class wants with other values
     dropped: tuple[str, ...] = ()  # tensors of the base of which the output has other parts instead
     target: str = "checkpoint"  # the file in targets/ that it is for
+    pad_to: int = PAD_TO  # what the number of an MLP's neurons is made a multiple of, where gates add some
+
+    @property
+    def gates(self) -> tuple[Intervention, ...]:
+        """The interventions that have a gate."""
+        return tuple(one for one in self.interventions if one.gate is not None)
 
     @property
     def is_constant(self) -> bool:
         """True where no matrix of the base is edited: the file then holds the hooks' constants, rounded, only."""
-        moved = {edit.tensor for edit in self.edits if edit.rows is not None and edit.only_moves}
-        others = [edit for edit in self.edits if edit.tensor not in moved]
+        others = [edit for edit in self.edits if not edit.keeps_values or (edit.rows is None and edit.appended is None)]
         return not self.restated and all(edit.source is None or len(edit.shape) == 1 for edit in others)
 
     @property
@@ -92,6 +102,7 @@ class Plan:
                 for d in self.decisions
             ],
             "prefer": self.prefer,
+            **({"pad_to": self.pad_to} if self.gates else {}),
             "config_changes": dict(self.config_changes),
             **({"layers": [list(halves) for halves in self.moved]} if self.moved else {}),
             **({"renamed": len(self.rename)} if self.rename else {}),
@@ -130,6 +141,7 @@ def describe(intervention: Intervention) -> dict[str, Any]:
         "dose": intervention.dose,
         "direction": None if intervention.direction is None else intervention.direction.provenance(),
         "sha256": _hash(intervention.affine),
+        **({} if intervention.gate is None else {"gate": intervention.gate.described()}),
     }
 
 
@@ -149,7 +161,12 @@ CHECKPOINT = "checkpoint"
 
 
 def make_plan(
-    base: Checkpoint, interventions: Iterable[Intervention], prefer: str = "smallest", target: str = CHECKPOINT
+    base: Checkpoint,
+    interventions: Iterable[Intervention],
+    prefer: str = "smallest",
+    target: str = CHECKPOINT,
+    *,
+    pad_to: int = PAD_TO,
 ) -> Plan:
     """Decide how ``interventions`` are held by ``base``.
 
@@ -164,6 +181,8 @@ def make_plan(
     ``target`` is a file in targets/: an adapter or a control vector holds less than a checkpoint, and leaves the model
     itself as it is.
 
+    Gates add neurons to every MLP; their number is made a multiple of ``pad_to``, which kernels like.
+
     Raises:
         NotFoldable: a site and operation without an exact home; the message says which would work.
         RecipeError: a vector's width or a layer that does not fit the model, no intervention at all, or no such target.
@@ -173,28 +192,36 @@ def make_plan(
     if asked != REHOUSE and prefer not in (*PREFERENCES, APPROXIMATE):
         known = (*PREFERENCES, REHOUSE, APPROXIMATE)
         raise RecipeError(f"unknown preference {prefer!r}: {did_you_mean(prefer, known)}")
+    if pad_to < 1:
+        raise RecipeError(f"the number of neurons cannot be a multiple of {pad_to}; give 1 or more")
     wanted = tuple(interventions)
     if target != CHECKPOINT:
         return _beside(base, wanted, prefer, registry.identifier(target))
     if asked == REHOUSE:
-        return _rehoused(base, wanted, prefer, host)
+        return _rehoused(base, wanted, prefer, pad_to, host)
     try:
-        return _planned(base, wanted, prefer)
+        return _planned(base, wanted, prefer, pad_to=pad_to)
     except NotFoldable as refusal:
         if prefer == "keep_class":
             raise
         try:
-            return _rehoused(base, wanted, prefer)
+            return _rehoused(base, wanted, prefer, pad_to)
         except NotFoldable:
             if prefer == APPROXIMATE:
-                return _planned(base, wanted, prefer, approximate=True)
+                return _planned(base, wanted, prefer, pad_to=pad_to, approximate=True)
             raise refusal from None
 
 
-def _beside(base: Checkpoint, interventions: Iterable[Intervention], prefer: str, target: str) -> Plan:
+def _beside(base: Checkpoint, interventions: Sequence[Intervention], prefer: str, target: str) -> Plan:
     """The plan of a file that goes beside the model, which therefore stays of its class."""
     if prefer.partition(":")[0] == REHOUSE:
         raise RecipeError(f"target {target!r} leaves the model as it is: only a checkpoint can be of another class")
+    gated = next((one for one in interventions if one.gate is not None), None)
+    if gated is not None:
+        raise NotFoldable(
+            f"{gated.name} at {gated.site} has a gate, which is further neurons of the model itself: target {target!r} "
+            "leaves that as it is. Bake a checkpoint (target checkpoint)"
+        )
     rules = registry.module("targets", target)
     plan = _planned(base, interventions, prefer, target)
     if hasattr(rules, "check"):
@@ -202,7 +229,9 @@ def _beside(base: Checkpoint, interventions: Iterable[Intervention], prefer: str
     return plan
 
 
-def _rehoused(base: Checkpoint, interventions: Iterable[Intervention], prefer: str, host: str = "") -> Plan:
+def _rehoused(
+    base: Checkpoint, interventions: Iterable[Intervention], prefer: str, pad_to: int, host: str = ""
+) -> Plan:
     """The plan in the first other class that has room and is proven to be the same function.
 
     Raises:
@@ -213,7 +242,7 @@ def _rehoused(base: Checkpoint, interventions: Iterable[Intervention], prefer: s
     for rule in hosts(base, host):
         try:
             claim = housed(base, rule)
-            plan = _planned(claim.base, interventions, ranked)
+            plan = _planned(claim.base, interventions, ranked, pad_to=pad_to)
             prove(claim)
         except NotFoldable as reason:
             reasons.append(str(reason))
@@ -249,16 +278,17 @@ def _planned(
     prefer: str,
     target: str = CHECKPOINT,
     *,
+    pad_to: int = PAD_TO,
     approximate: bool = False,
 ) -> Plan:
     view = Base(base, architectures.layout(base.config), approximate)
     ordered = in_forward_order(interventions)
-    draft, decisions = choose(offers(view, ordered, target), view, prefer)
+    draft, decisions = choose(offers(view, ordered, target, pad_to), view, prefer)
     draft.complete()
     edits, config_changes, constants, rename, moved = draft.numbered()
     return Plan(
         str(base.config["model_type"]), tuple(ordered), tuple(decisions), edits, config_changes, prefer, constants,
-        rename, moved, target=target,
+        rename, moved, target=target, pad_to=pad_to,
     )  # fmt: skip
 
 
@@ -273,8 +303,11 @@ class Offer:
     refused: Mapping[str, str]  # why other representations that are for such pieces do not hold it
 
 
-def offers(base: Base, ordered: Iterable[Intervention], target: str = CHECKPOINT) -> list[Offer]:
-    """All pieces that ``ordered`` interventions ask for, with what holds each (raises as :func:`make_plan` does)."""
+def offers(base: Base, ordered: Iterable[Intervention], target: str = CHECKPOINT, pad_to: int = PAD_TO) -> list[Offer]:
+    """All pieces that ``ordered`` interventions ask for, with what holds each (raises as :func:`make_plan` does).
+
+    Gates come first: the biases that they bring along cost a constant nothing more.
+    """
     reaching: dict[_Where, list[tuple[Intervention, Affine]]] = {}
     ordered = list(ordered)
     if not ordered:
@@ -284,7 +317,9 @@ def offers(base: Base, ordered: Iterable[Intervention], target: str = CHECKPOINT
         for where, affine in _placed(intervention, base):
             if not affine.is_identity:
                 reaching.setdefault(where, []).append((intervention, affine))
-    return [
+    gated = _gated(ordered, base, pad_to)
+    gates = [Offer(_span(gated), _because(gated), gated, *_tried(gated, base, target))] if gated else []
+    return gates + [
         Offer(str(where), tuple(f"{one.name} at {one.site}" for one, _ in found), piece, *tried)
         for where, found in reaching.items()
         for piece in _pieces(where, compose((affine for _, affine in found), base.layout.width), base)
@@ -314,6 +349,38 @@ def choose(found: Iterable[Offer], base: Base, prefer: str, only: str = "") -> t
         )
         draft.add(holding)
     return draft, decisions
+
+
+def _gated(ordered: Iterable[Intervention], base: Base, pad_to: int) -> Piece | None:
+    """All gates of ``ordered``, each with what it adds where it is open; None where there are none.
+
+    What a later projection of the same write takes away is not added in the first place.
+    """
+    found: list[Gated] = []
+    wheres: list[_Where] = []
+    for one in ordered:
+        if one.gate is None:
+            for place, affine in _placed(one, base) if one.affine.is_linear and one.site.layer is not None else []:
+                found = [
+                    replace(gated, shift=affine.without_shift()(gated.shift)) if where == place else gated
+                    for where, gated in zip(wheres, found, strict=True)
+                ]
+            continue
+        if not base.writers("mlp", one.gate.layer):
+            raise NotFoldable(f"{one.gate.site}: layer {one.gate.layer} of this model has no mlp write to be gated")
+        shift = one.affine.shift if one.gate.otherwise is None else one.affine.shift - one.gate.otherwise
+        found.append(Gated(one.gate, shift, f"{one.name} at {one.site}"))
+        wheres.append(_Where("mlp", one.gate.layer))
+    identity = Affine.identity(base.layout.width)
+    return Piece("gates", identity, ("mlp",), gates=tuple(found), pad_to=pad_to) if found else None
+
+
+def _span(piece: Piece) -> str:
+    return ", ".join(dict.fromkeys(f"mlp.{one.gate.layer}" for one in piece.gates))
+
+
+def _because(piece: Piece) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(one.intervention for one in piece.gates))
 
 
 @dataclass(frozen=True)
@@ -347,6 +414,9 @@ def _check_fits(intervention: Intervention, base: Base) -> None:
 def _placed(intervention: Intervention, base: Base) -> list[tuple[_Where, Affine]]:
     """Which writes an intervention reaches."""
     site, affine = intervention.site, intervention.affine
+    if intervention.gate is not None:  # what is added where it is closed is added everywhere
+        closed = torch.zeros(base.layout.width) if intervention.gate.otherwise is None else intervention.gate.otherwise
+        affine = replace(affine, shift=closed)
     if site.layer is None:
         linear = affine.without_shift()
         everywhere = [(where, linear) for layer in range(base.layers) for where in _writes(layer, base)]
@@ -438,6 +508,8 @@ def _change(edit: Edit) -> str:
     parts = [] if edit.scale == 1 else [f"times {edit.scale:.4g}"]
     parts += [f"linear part of rank {edit.affine.left.shape[1]}"] if edit.affine.is_linear else []
     parts += [f"|shift| {float(edit.affine.shift.norm()):.4g}"] if edit.affine.has_shift else []
+    if edit.appended is not None:
+        parts.append(f"{edit.appended.values.shape[edit.appended.axis]} neurons appended")
     return " + ".join(parts) or f"{'copy' if edit.rows is None else 'rows'} of {edit.source}"
 
 

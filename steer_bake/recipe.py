@@ -48,6 +48,7 @@ def _as_names(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Names = Annotated[list[str], BeforeValidator(_as_names)]
 PromptSet = Annotated[Prompts, BeforeValidator(_path_as_mapping)]
 Sites = str | list[str]
 
@@ -86,7 +87,7 @@ class Estimator(_Section):
     positive: str
     negative: str
     neutral: str | None = None  # a label: prompts that are neither
-    prompts: Annotated[list[str], BeforeValidator(_as_names)] = ["train"]  # which of the recipe's prompt sets
+    prompts: Names = ["train"]  # which of the recipe's prompt sets
     category: str | None = None  # of the positive prompts only this one
     options: dict[str, bool | int | float | str] = {}  # the estimator's own
     orthogonal_to: str | None = None  # a label of that set: its mean activation is projected out of the direction
@@ -96,7 +97,7 @@ class Estimator(_Section):
     )
     openings: list[str] | None = None  # how refusals begin; default: the common English ways
     scale: Literal["natural", "quantile"] = "natural"
-    validation: Annotated[list[str], BeforeValidator(_as_names)] | None = None  # for the quantiles; default: prompts
+    validation: Names | None = None  # for the quantiles; default: prompts
     answers: Answers | None = None
     model: str | None = None  # a sibling of the recipe's model that directions are estimated on
     separates: Annotated[float, Field(ge=0.5, le=1)] = 0.75  # how well they must then tell the sides apart in ours
@@ -105,6 +106,37 @@ class Estimator(_Section):
 
 class LoadDirection(_Section):
     load: str
+
+
+class Gate(_Section):
+    """Where an added vector is open: a probe of what the MLP of each site reads, fitted on labelled prompts."""
+
+    probe: str = "logistic"
+    positive: Names = []  # labels of the prompts on which it opens
+    negative: Names = []  # and of those on which it stays closed
+    prompts: str = "train"
+    validation: str | None = None  # the set that the threshold is chosen on; default: every fifth prompt of ``prompts``
+    unrelated: list[str] = []  # sets on which it should stay closed, beside the packaged plain texts
+    position: Literal["answer", "last"] = "answer"  # from the end of the instruction on, or from the last token on
+    generated: Annotated[int, Field(ge=0)] = 8  # tokens of the model's own answer that are read as well
+    threshold: Literal["youden"] | float = "youden"  # or log-odds
+    width: Annotated[float, Field(gt=0)] = 2.0  # log-odds from closed to open
+    sharpness: Annotated[float, Field(ge=1)] = 8.0
+    otherwise: float | None = None  # a coefficient: this much of the vector is added where the gate is closed
+    name: str = ""  # what it is called in reports; default: its positive labels
+    load: str | None = None  # a gate file instead of prompts
+
+    @property
+    def called(self) -> str:
+        return self.name or "+".join(self.positive)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Gate:
+        if self.load is None and not (self.positive and self.negative):
+            raise ValueError("a gate needs the labels 'positive' and 'negative', or 'load: FILE'")
+        if set(self.positive) & set(self.negative):
+            raise ValueError(f"{min(set(self.positive) & set(self.negative))!r} is both positive and negative")
+        return self
 
 
 class Intervention(_Section):
@@ -116,6 +148,7 @@ class Intervention(_Section):
     units: Literal["scale", "unit", "dose"] = "scale"
     direction: LoadDirection | None = None  # this intervention's own direction instead of the recipe's
     from_site: str | None = Field(default=None, alias="from")  # use the direction of this site at every site
+    gate: Gate | None = None
 
 
 class Target(_Section):
@@ -124,6 +157,7 @@ class Target(_Section):
     prefer: Annotated[
         str, Field(pattern=r"^(smallest|bit_exact|widest_loading|keep_class|approximate|rehouse(:\w+)?)$")
     ] = "smallest"
+    pad_to: Annotated[int, Field(gt=0)] = 64  # what gates make the number of an MLP's neurons a multiple of
 
 
 class Validate(_Section):
@@ -184,7 +218,14 @@ class Recipe(_Section):
         for name in self.prompts:
             if name.startswith("safety/"):
                 raise ValueError(f"the prompt set {name!r} needs another name: 'safety/...' are the packaged sets")
+        gates = [one.gate for one in self.intervention if one.gate and not one.gate.load]
+        called = [gate.called for gate in gates]
+        twice = next((name for name in called if called.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two gates are called {twice!r}: give each a 'name' of its own")
         named = [*self.estimator.prompts, *(self.estimator.validation or [])] if self.estimator else []
+        for gate in gates:
+            named += [gate.prompts, *([gate.validation] if gate.validation else []), *gate.unrelated]
         for name in [*named, *(self.evaluate.sets if self.evaluate else [])]:
             if name not in self.prompts:
                 raise ValueError(f"there is no prompt set {name!r} under 'prompts': {did_you_mean(name, self.prompts)}")

@@ -14,7 +14,9 @@ from typing import Any
 from .errors import RecipeError, did_you_mean
 
 #: Every extension point.
-FOLDERS = ("architectures", "estimators", "houses", "interventions", "judges", "representations", "targets")
+FOLDERS = (
+    "architectures", "estimators", "houses", "interventions", "judges", "probes", "representations", "targets"
+)  # fmt: skip
 
 
 def names(folder: str) -> list[str]:

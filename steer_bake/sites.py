@@ -1,7 +1,8 @@
 """Sites of the residual stream, how they are written down, and the order in which a forward pass meets them.
 
 ``resid_post.14`` one site · ``resid_post.10-19`` a range · ``resid_post.3,7,10-12`` a list · ``resid_post`` every
-layer · ``resid_post.-1`` the last layer · ``writers``, ``writes`` have no layer.
+layer · ``resid_post.-1`` the last layer · ``writers``, ``writes`` have no layer · ``mlp_in.14``, what the MLP reads
+behind its norm, is read and never written.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from .errors import RecipeError, did_you_mean
 
 #: Points inside one decoder layer, in forward order.
 LAYER_POINTS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+#: Points that are no part of the stream: they are read, by gates for example, and nothing is done there.
+READ_POINTS = ("mlp_in",)
+_ORDER = ("resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 #: ``writers``: every attention and MLP write; ``writes``: those and the embedding (all writes of the base model).
 GLOBAL_POINTS = ("writers", "writes")
 
@@ -33,7 +37,7 @@ class Site:
         point, _, layer = name.partition(".")
         if point in GLOBAL_POINTS and not layer:
             return cls(point)
-        if point in LAYER_POINTS and layer.isdecimal():
+        if point in LAYER_POINTS + READ_POINTS and layer.isdecimal():
             return cls(point, int(layer))
         raise ValueError(f"no site is called {name!r}")
 
@@ -42,7 +46,7 @@ class Site:
         """Sort key: forward order. ``writes`` and ``writers`` come first: they act on each base write as it happens."""
         if self.layer is None:
             return (-1, 0)
-        return (self.layer, LAYER_POINTS.index(self.point))
+        return (self.layer, _ORDER.index(self.point))
 
 
 def parse_site(text: str, layers: int) -> Site:
@@ -68,8 +72,9 @@ def parse_sites(text: str | Sequence[str], layers: int) -> list[Site]:
 
 def _parse(text: str, layers: int) -> list[Site]:
     point, _, where = text.partition(".")
-    if point not in LAYER_POINTS + GLOBAL_POINTS:
-        raise RecipeError(f"unknown site {text!r}: {did_you_mean(point, LAYER_POINTS + GLOBAL_POINTS)}")
+    known = LAYER_POINTS + READ_POINTS + GLOBAL_POINTS
+    if point not in known:
+        raise RecipeError(f"unknown site {text!r}: {did_you_mean(point, known)}")
     if point in GLOBAL_POINTS:
         if where:
             raise RecipeError(f"site {text!r}: {point!r} means every layer and takes no layer number")

@@ -6,9 +6,9 @@ Hooks act on all token positions of every forward pass, prefill and cached decod
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from . import architectures
 from .affine import Affine
 from .architectures import SLOTS, Layout, submodule
 from .errors import RecipeError, UnknownArchitecture
+from .gate import Gate
 from .interventions import Intervention, in_forward_order
 
 Apply = Callable[[Tensor], Tensor]
@@ -44,6 +45,34 @@ def steer(model: PreTrainedModel, interventions: Iterable[Intervention]) -> Iter
         for handle in _hooks(model, layout, in_forward_order(interventions)):
             stack.callback(handle.remove)
         yield model
+
+
+@contextmanager
+def watch(model: PreTrainedModel, gates: Sequence[Gate]) -> Iterator[list[list[Tensor]]]:
+    """How far ``gates`` open inside the block: for each of them, per forward pass, ``g(x)`` [batch x seq] float32.
+
+    Inside ``steer`` the gates are those that act; without it they show what they would do first.
+
+    Raises:
+        RecipeError: the model has not the layer that a gate reads.
+    """
+    layout = architectures.layout_of(model)
+    seen: list[list[Tensor]] = [[] for _ in gates]
+
+    def reading(gate: Gate, found: list[Tensor]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["hidden_states"]
+            found.append(gate.opening(x, layout.activation).flatten().cpu())
+
+        return hook
+
+    with ExitStack() as stack:
+        for gate, found in zip(gates, seen, strict=True):
+            if not 0 <= gate.layer < layout.layers:
+                raise RecipeError(f"the gate at {gate.site}: this model has layers 0 to {layout.layers - 1}")
+            handle = layout.reader(model, gate.layer).register_forward_pre_hook(reading(gate, found), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield seen
 
 
 def _forget_compiled() -> None:
@@ -90,6 +119,9 @@ def _hooks(
         if not 0 <= layer < layout.layers:
             raise RecipeError(f"site {intervention.site}: this model has layers 0 to {layout.layers - 1}")
         whole = at(submodule(model, layout.layer(layer)))
+        if intervention.gate is not None:
+            _hook_gate(intervention, intervention.gate, model, layout, at)
+            continue
         wanted = {"attn_out": "attention", "resid_mid": "attention", "mlp_out": "mlp"}.get(point)
         written = _written(model, layout, layer) if wanted else []
         if wanted and (wanted not in written or (point == "resid_mid" and (layout.parallel or len(written) < 2))):
@@ -141,6 +173,33 @@ def _apply(affine: Affine) -> Apply:
         return h + here.shift.to(h.dtype)
 
     return apply
+
+
+def _hook_gate(
+    intervention: Intervention, gate: Gate, model: PreTrainedModel, layout: Layout, at: Callable[[nn.Module], _Module]
+) -> None:
+    """The neurons of a gate: fed with what the MLP reads, kept on the way in, and added where the site is."""
+    reader = layout.reader(model, gate.layer)
+    block, writer = layout.modules(model, "mlp", gate.layer)[-1]
+    scale = block.scale(layout.text)
+    closed = torch.zeros(layout.width) if gate.otherwise is None else gate.otherwise
+    neurons = gate.neurons((intervention.affine.shift - closed) / scale, layout.activation)
+    read: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        if x.shape[-1] != layout.width:
+            raise RecipeError(f"{gate.site} was not found: what is read there has {x.shape[-1]} components")
+        read[:] = [x]
+        return x
+
+    at(reader).on_input.append(keep)
+    whole = intervention.site.point == "resid_post"
+    target = at(submodule(model, layout.layer(gate.layer)) if whole else writer)
+    constant = replace(intervention.affine, shift=closed)
+    if constant.has_shift:
+        target.on_output.append(_apply(constant if whole else constant.divided_by(scale)))
+    # Some layers flatten batch and sequence in between.
+    target.on_output.append(lambda h: h + (neurons(read[0]) * (scale if whole else 1.0)).reshape(h.shape))
 
 
 def _hook_mid(layer: _Module, attention: _Module, affine: Affine) -> None:

@@ -167,7 +167,9 @@ def units_apart(one: Tensor, other: Tensor) -> int:
 
 def _misfit(stored: Tensor, edit: Edit, base: Checkpoint) -> float:
     """Found over planned coefficient, minus one; where no change is planned, the size of the one found."""
-    before = torch.zeros(1).expand(edit.shape) if edit.source is None else _before(edit, base)
+    before = torch.zeros(1).expand(edit.old_shape) if edit.source is None else _before(edit, base)
+    for axis, kept in enumerate(edit.old_shape):  # what was appended is no change of what was there
+        stored = stored.narrow(axis, 0, kept)
     size = overlap = length = 0.0
     for old, new in zip(_vectors(before, edit.axis), _vectors(stored, edit.axis), strict=True):
         was = old.float()
@@ -181,7 +183,8 @@ def _misfit(stored: Tensor, edit: Edit, base: Checkpoint) -> float:
 def _before(edit: Edit, base: Checkpoint) -> Tensor:
     """What the map of an edit applies to."""
     dtype = base.info(str(edit.source)).dtype if edit.scale == 1 else "F32"
-    return recompute(base, replace(edit, affine=Affine.identity(edit.affine.width)), dtype)
+    identity = Affine.identity(edit.affine.width)
+    return recompute(base, replace(edit, affine=identity, shape=edit.old_shape, appended=None), dtype)
 
 
 def _vectors(tensor: Tensor, axis: int) -> Iterator[Tensor]:

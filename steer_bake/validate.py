@@ -67,6 +67,7 @@ class Report:
     prompts: int
     tokens: int
     files: Mapping[str, str] = field(default_factory=dict)  # sha256 of everything in the folder that loaders act on
+    gates: tuple[Mapping[str, Any], ...] = ()  # each with the tokens on which it was open, closed and in between
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,7 +105,8 @@ def validate(
         CheckpointError: the base is missing or damaged, or cannot be streamed. (A damaged candidate is a failed check.)
     """
     base = Checkpoint.open(base_folder)
-    plan = make_plan(base, interventions, prefer or manifest.preference(folder), target or manifest.target(folder))
+    prefer, target = prefer or manifest.preference(folder), target or manifest.target(folder)
+    plan = make_plan(base, interventions, prefer, target, pad_to=manifest.padding(folder))
     if plan.target == "lora":
         require_peft()
     layout = architectures.layout(base.config)
@@ -144,6 +146,7 @@ def validate(
         str(folder), str(base_folder), plan.sha256, all(check.passed for check in checks), tuple(checks),
         comparison.effect.gap(), comparison.legs(), comparison.floor_kl(),
         tuple(comparison.described(one) for one in plan.interventions), len(rows), sum(map(len, rows)), files,
+        tuple(comparison.gates()),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from steer_bake import activations, architectures, direction, distributed
+from steer_bake import activations, architectures, direction, distributed, gating
 from steer_bake.cli import main
 from steer_bake.models import Offload, load_model
 
@@ -45,15 +45,19 @@ def recipe(folder: Path, model: Path, name: str) -> Path:
 
 
 def extracted(recipe_file: Path, out: Path, *options: str | Path, processes: int = 1) -> list[direction.Direction]:
+    return direction.load(launched("extract", recipe_file, out, *options, processes=processes))
+
+
+def launched(verb: str, recipe_file: Path, out: Path, *options: str | Path, processes: int = 1) -> Path:
     """Run the command line as a user would, under torchrun where several processes are asked for."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
     command = [sys.executable, "-m", *(torchrun if processes > 1 else []), "steer_bake"]
     done = subprocess.run(
-        [*command, "extract", str(recipe_file), "-o", str(out), "--device", "cpu", *map(str, options)],
+        [*command, verb, str(recipe_file), "-o", str(out), "--device", "cpu", *map(str, options)],
         capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    return direction.load(out)
+    return out
 
 
 def far(one: list[direction.Direction], other: list[direction.Direction]) -> float:
@@ -72,6 +76,30 @@ def test_two_processes_give_the_directions_of_one(llama: Path, tmp_path: Path, n
     both = extracted(file, tmp_path / "two.safetensors", processes=2)
     assert 0 <= far(alone, both) <= 1e-5
     assert [one.stream_norm for one in alone] == pytest.approx([one.stream_norm for one in both], rel=1e-6)
+
+
+def test_two_processes_fit_the_gates_of_one(llama: Path, tmp_path: Path) -> None:
+    """Each answers and reads its share of the prompts."""
+    words = [text.split()[0].lower() for texts in jobs.TRAIN.values() for text in texts]
+    rows = [{"text": text, "label": "quiet"} for text in words] + [
+        {"text": text.upper(), "label": "loud"} for text in words
+    ]
+    jobs.write_prompts(tmp_path)
+    jobs.write_rows(tmp_path / "train.jsonl", rows)
+    gate = {"positive": "loud", "negative": "quiet", "probe": "lda", "generated": 2}
+    file = jobs.write_recipe(
+        tmp_path, llama, estimator={"positive": "loud", "negative": "quiet"},
+        intervention={"name": "add", "sites": "resid_post.1-2", "gate": gate},
+    )  # fmt: skip
+    alone, both = (
+        gating.load(launched("probe", file, tmp_path / f"{count}.safetensors", processes=count)) for count in (1, 2)
+    )
+    assert [one.gate.site for one in alone] == [one.gate.site for one in both]
+    for one, other in zip(alone, both, strict=True):
+        assert torch.allclose(one.gate.probe, other.gate.probe, rtol=1e-4, atol=1e-6)
+        assert one.gate.threshold == pytest.approx(other.gate.threshold, rel=1e-4, abs=1e-5)
+        assert one.measures["auroc"] == pytest.approx(other.measures["auroc"])
+        assert one.measures["train_tokens"] == other.measures["train_tokens"]
 
 
 WORKER = """

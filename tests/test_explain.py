@@ -15,7 +15,7 @@ from steer_bake.checkpoint import Checkpoint
 from steer_bake.cli import main
 from steer_bake.direction import Direction
 from steer_bake.errors import CheckpointError, NotFoldable, RecipeError
-from steer_bake.explain import NEVER_BAKED, Explanation, Row, explain
+from steer_bake.explain import NEVER_BAKED, Explanation, Row, explain, made_up
 from steer_bake.interventions import intervene
 from steer_bake.plan import make_plan
 from steer_bake.sites import parse_sites
@@ -55,7 +55,10 @@ def test_what_is_preferred_is_what_a_plan_takes(model_type: str, prefer: str, tm
     vector = Direction(torch.nn.functional.normalize(torch.ones(zoo.WIDTH), dim=0), None)
     for one in explain(str(tmp_path)).rows:
         try:
-            asked = [intervene(one.operation, vector, site) for site in parse_sites(one.sites, zoo.LAYERS)]
+            asked = [
+                made_up("gate", site, zoo.WIDTH) if one.operation == "gate" else intervene(one.operation, vector, site)
+                for site in parse_sites(one.sites, zoo.LAYERS)
+            ]
             plan = make_plan(base, asked, prefer)
         except (NotFoldable, RecipeError):
             assert not any(prefer in option.preferred_by for option in one.options)
@@ -65,9 +68,9 @@ def test_what_is_preferred_is_what_a_plan_takes(model_type: str, prefer: str, tm
         assert option.config_changes == plan.config_changes
         assert option.layers == plan.layers_after(zoo.LAYERS) - zoo.LAYERS
         assert option.parameters == sum(
-            torch.Size(edit.shape).numel()
+            torch.Size(edit.shape).numel() - (torch.Size(edit.old_shape).numel() if edit.source == edit.tensor else 0)
             for edit in plan.edits
-            if edit.tensor not in base.tensors or edit.source is None
+            if edit.tensor not in base.tensors or edit.source is None or edit.appended is not None
         )
 
 
@@ -75,10 +78,21 @@ def test_a_bare_type_is_explained_with_all_sites_and_operations() -> None:
     found = explain("gpt2")
     assert (found.model_type, found.read, found.described, found.layers) == ("gpt2", "config", True, 12)
     assert {one.sites for one in found.rows} == {
-        *("resid_post.6", "resid_post", "resid_mid.6", "attn_out.6", "mlp_out.6", "resid_pre.0", "writers", "writes")
+        *(
+            "resid_post.6",
+            "resid_post",
+            "resid_mid.6",
+            "attn_out.6",
+            "mlp_out.6",
+            "mlp_in.6",
+            "resid_pre.0",
+            "writers",
+            "writes",
+        )
     }
     assert row(found, "resid_post.6", "add").options[0].parameters == 0  # it has the bias
     assert {one.operation for one in found.rows if one.sites == "writes"} == {"ablate", "clamp"}
+    assert {one.operation for one in found.rows if one.sites == "mlp_in.6"} == {"gate"}
     assert "in the middle of the model" in row(found, "resid_post.6", "ablate").refused[""]
 
 
@@ -149,6 +163,29 @@ def test_the_table_of_houses_says_that_they_are_not_proven_yet() -> None:
     assert "as another class (prefer: rehouse:CLASS), add resid_post.3; proven before a bake" in text
     [line] = [line for line in text.splitlines() if line.strip().startswith("llama")]
     assert line.split() == ["llama", "bias", "b", "623k", "<", "0.1", "%", "yes", "yes", "yes", "yes"]
+
+
+def test_a_gate_is_held_by_neurons_by_neurons_of_another_class_or_not_at_all() -> None:
+    [option] = row(explain("gpt2", ["mlp_in.3"]), "mlp_in.3", "gate").options
+    assert (option.representation, option.config_changes, option.layers) == ("neurons", {"n_inner": 3136}, 0)
+    assert option.parameters == 12 * 64 * (768 + 768 + 1)  # rows, columns and biases of all layers
+    [wider] = row(explain("llama", ["mlp_in.3"]), "mlp_in.3", "gate").options
+    assert wider.needs == ("mlp_input_bias", "mlp_output_bias")
+    found = explain("qwen2", ["resid_post.3", "mlp_in.3"])
+    assert "has none and no config flag creates it" in row(found, "mlp_in.3", "gate").refused[""]
+    assert {(one.model_type, one.operation) for one in found.houses} >= {("llama", "add"), ("llama", "gate")}
+    [claim] = [one for one in found.houses if (one.model_type, one.operation) == ("llama", "gate")]
+    assert claim.option is not None
+    assert claim.option.config_changes["intermediate_size"] == 22016 + 64
+    refused = explain("gemma2", ["mlp_in.3"])
+    assert refused.houses == ()
+    assert "norm stands between" in row(refused, "mlp_in.3", "gate").refused[""]
+
+
+def test_the_table_asks_houses_about_gates_apart() -> None:
+    text = CliRunner().invoke(main, ["explain", "qwen2", "--site", "resid_post.3", "--site", "mlp_in.3"]).stdout
+    for about in ("add resid_post.3", "gate mlp_in.3"):
+        assert f"as another class (prefer: rehouse:CLASS), {about}; proven before a bake" in text
 
 
 def test_experts_have_their_names_on_disk() -> None:

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 from .. import registry
-from ..errors import CheckpointError, UnknownArchitecture
+from ..errors import CheckpointError, RecipeError, UnknownArchitecture
 from ..skeleton import Skeleton, skeleton
 
 #: The two places of a layer where the stream is written, in forward order.
@@ -61,6 +61,14 @@ class Weight:
         object.__setattr__(self, "bias", self.bias or self.name.removesuffix("weight").rstrip("_") + "bias")
 
 
+#: By the last name of a plain MLP's writer: what stands before it.
+_BEFORE = {
+    "c_proj": "c_fc",
+    "dense_4h_to_h": "dense_h_to_4h",
+    "down_proj": "up_proj",
+    "fc2": "fc1",
+    "fc_out": "fc_in",
+}
 #: By the last name of a gated MLP's writer: gate and up before it, or both in one tensor.
 _GATES = {
     "down_proj": (("gate_proj", "up_proj"), ("gate_up_proj",)),
@@ -74,6 +82,12 @@ def gates(name: str) -> tuple[tuple[str, ...], ...]:
     """The tensors that may stand before the writer ``name`` of a gated MLP, as alternatives."""
     path, _, last = name.removesuffix(".weight").rpartition(".")
     return tuple(tuple(f"{path}.{one}.weight" for one in pair) for pair in _GATES.get(last, ()))
+
+
+def before(name: str) -> str:
+    """The tensor that may stand before the writer ``name`` of an MLP without a gate; empty where none is known."""
+    path, _, last = name.removesuffix(".weight").rpartition(".")
+    return f"{path}.{_BEFORE[last]}.weight".removeprefix(".") if last in _BEFORE else ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,7 @@ class Block:
     inner: tuple[Weight, ...] = ()  # of a norm at a sublayer's end: the sublayer's own writers, which it normalises
     # Hook column again
     scale: Scale = unscaled  # the stream gets this times the module's output
+    reads: str = ""  # of an MLP: the module whose input is what the MLP reads; by default the module itself
 
 
 @dataclass(frozen=True)
@@ -151,6 +166,13 @@ class Layout:
         """True where attention and MLP read the same stream: there is no resid_mid then."""
         return self.architecture.parallel(self.text)
 
+    @property
+    def activation(self) -> str:
+        """What the config calls the MLP's activation function; empty where it has no name for it."""
+        names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+        found = (getattr(self.text, name, None) for name in names)
+        return next((one for one in found if isinstance(one, str)), "")
+
     def layer(self, number: int) -> str:
         """The path of a decoder layer."""
         return f"{self.architecture.stack}.{number}"
@@ -204,6 +226,19 @@ class Layout:
             if block.alone:
                 break
         return found
+
+    def reader(self, model: nn.Module, layer: int) -> nn.Module:
+        """The module whose input is what the MLP of a layer reads: the stream behind the MLP's norm.
+
+        Raises:
+            RecipeError: no module of this layer is known to read that.
+        """
+        for block, module in self.modules(model, "mlp", layer):
+            if block.reads:
+                return submodule(model, self.layer(layer)).get_submodule(block.reads)
+            if block.rigid != NORMED:
+                return module
+        raise RecipeError(f"mlp_in.{layer} is nowhere in this {self.model_type} model: its layer has no MLP that reads")
 
     def _number(self, attribute: str) -> int:
         value = getattr(self.text, attribute, None)

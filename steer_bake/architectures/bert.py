@@ -29,7 +29,7 @@ def _rooted(root: str, *model_types: str, head: str = "lm_head.decoder.weight") 
 
 _WRITERS = {
     "attention": (Block("attention.output.dense", (Weight("attention.output.dense.weight"),)),),
-    "mlp": (Block("output.dense", (Weight("output.dense.weight"),)),),
+    "mlp": (Block("output.dense", (Weight("output.dense.weight"),), reads="intermediate"),),
 }
 
 

@@ -67,7 +67,7 @@ _BLOOM = replace(
     ),
     # attention and MLP themselves add the stream to their outputs
     attention=(Block("self_attention.dense", (Weight("self_attention.dense.weight"),)),),
-    mlp=(Block("mlp.dense_4h_to_h", (Weight("mlp.dense_4h_to_h.weight"),)),),
+    mlp=(Block("mlp.dense_4h_to_h", (Weight("mlp.dense_4h_to_h.weight"),), reads="mlp"),),
     parallel=lambda config: bool(config.apply_residual_connection_post_layernorm),
 )
 

@@ -11,7 +11,8 @@ _MPT = Architecture(
     stack="transformer.blocks",
     embedding=Block("transformer.wte", (Weight("transformer.wte.weight", axis=1),)),
     attention=(Block("attn", (Weight("attn.out_proj.weight"),)),),
-    mlp=(Block("ffn.down_proj", (Weight("ffn.down_proj.weight"),)),),  # ffn itself adds the stream to its output
+    # ffn itself adds the stream to its output
+    mlp=(Block("ffn.down_proj", (Weight("ffn.down_proj.weight"),), reads="ffn"),),
     middle="norm_2",
 )
 _DBRX = replace(

@@ -34,7 +34,7 @@ _OPT = Architecture(
     stack=f"{_ROOT}.layers",
     embedding=_embedding(_ROOT, scaled=False),
     attention=(Block("self_attn", (Weight("self_attn.out_proj.weight"),), unlock=("enable_bias", "use_bias")),),
-    mlp=(Block("fc2", (Weight("fc2.weight"),), unlock=("enable_bias",)),),
+    mlp=(Block("fc2", (Weight("fc2.weight"),), unlock=("enable_bias",), reads="fc1"),),
     middle="final_layer_norm",
 )
 _PEGASUS = replace(

@@ -20,6 +20,7 @@ def normed(block: Block, name: str, offset: float = 0.0) -> Block:
         unlock=block.unlock,
         rigid=NORMED,
         inner=block.weights,
+        reads=block.module,
     )
 
 

@@ -74,8 +74,8 @@ class Edit:
 
     ``tensor`` is the name in the output. Where ``source`` is the same tensor the edit is in place; where the base has
     no tensor of that name it goes into the one extra shard (an untied head, a new bias, a carrier layer's matrices).
-    ``shape`` is that of the output: the source's, longer along ``appended.axis`` where something is appended. Before
-    the map, ``rows`` are taken out of the source and multiplied by ``scale``.
+    ``shape`` is that of the output: the source's or the zeros', longer along ``appended.axis`` by what is appended.
+    Before the map, ``rows`` are taken out of the source and multiplied by ``scale``.
     """
 
     tensor: str
@@ -93,9 +93,9 @@ class Edit:
     scale: float = 1.0
 
     @property
-    def only_moves(self) -> bool:
-        """True where the values are the source's, each as it was stored."""
-        return self.source is not None and self.affine.is_identity and self.scale == 1 and self.appended is None
+    def keeps_values(self) -> bool:
+        """True where what is taken from the source stays as it was stored: all of it or some, with more behind it."""
+        return self.source is not None and self.affine.is_identity and self.scale == 1
 
     def runs(self, first: int, count: int) -> Iterator[tuple[int, int]]:
         """Of what the map applies to, ``count`` elements from the ``first`` on: stretches of the source's elements.
@@ -170,8 +170,6 @@ def _check_appended(edit: Edit, what: str) -> None:
     if edit.appended is None:
         return
     values, axis = edit.appended.values, edit.appended.axis
-    if edit.source is None:
-        raise CheckpointError(f"{what} appends to a tensor that the base does not hold; name its source")
     fits = len(edit.shape) == values.ndim and -values.ndim <= axis < values.ndim
     if fits:
         sizes = enumerate(zip(edit.shape, values.shape, strict=True))

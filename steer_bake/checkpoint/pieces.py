@@ -58,7 +58,7 @@ class Block:
 
     def compute(self, memory: Workspace) -> Tensor:
         """The values in the stored dtype."""
-        return _nearest(self.values, TORCH_DTYPES[self.dtype])
+        return _nearest(self.values, TORCH_DTYPES[self.dtype]).contiguous()  # zeros may be one zero, many times
 
 
 @dataclass(frozen=True, eq=False)

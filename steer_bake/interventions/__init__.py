@@ -14,7 +14,8 @@ from .. import registry
 from ..affine import Affine
 from ..direction import Direction
 from ..errors import RecipeError, did_you_mean
-from ..sites import Site
+from ..gate import Gate
+from ..sites import READ_POINTS, Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +28,16 @@ class Intervention:
     amount: float | None = None  # what that function was given
     stream_norm: float | None = None  # mean |h| at the site where known, so that the dose |shift| / |h| can be told
     direction: Direction | None = None  # where the vector came from, for manifests and cards
+    gate: Gate | None = None  # where the shift is open; None: everywhere
 
     def __post_init__(self) -> None:
+        if self.site.point in READ_POINTS:
+            raise RecipeError(
+                f"{self.site} is read by gates and written by nobody; to act on what the MLP writes name "
+                f"'mlp_out.{self.site.layer}'"
+            )
+        if self.gate is not None:
+            _check_gated(self, self.gate)
         parts = (self.affine.left, self.affine.right, self.affine.shift)
         if not all(bool(part.isfinite().all()) for part in parts):
             raise RecipeError(f"{self.name} at {self.site} holds NaN or infinity; use a smaller coefficient")
@@ -46,6 +55,22 @@ class Intervention:
         if not self.stream_norm or not self.affine.has_shift:
             return None
         return float(self.affine.shift.norm()) / self.stream_norm
+
+
+def _check_gated(intervention: Intervention, gate: Gate) -> None:
+    site, name = intervention.site, intervention.name
+    if intervention.affine.is_linear:
+        raise RecipeError(f"{name} at {site} projects the stream, and a gate is for adding a vector: use 'add'")
+    if site.point not in ("mlp_out", "resid_post") or site.layer != gate.layer:
+        raise RecipeError(
+            f"the gate at {gate.site} opens what the same MLP writes, at 'mlp_out.{gate.layer}' or "
+            f"'resid_post.{gate.layer}', and not at {str(site)!r}"
+        )
+    if len(gate.probe) != intervention.affine.width:
+        raise RecipeError(
+            f"the probe of the gate at {gate.site} has {len(gate.probe)} components and the vector at {site} "
+            f"{intervention.affine.width}; both belong to the stream. Was one computed on another model?"
+        )
 
 
 UNITS = ("scale", "unit", "dose")

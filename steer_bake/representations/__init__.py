@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from torch import Tensor
+
 from ..affine import Affine
 from ..architectures import SLOTS, Block, Layout, Weight
 from ..checkpoint import Checkpoint, Edit
 from ..errors import NotFoldable
+from ..gate import Gate
 from ..sites import Site
 from ..skeleton import Skeleton, changed
 
@@ -168,22 +171,41 @@ class Base:
         found = [self.layout.change({flag: True}) for flag in known]
         return [*found, self.layout.change(dict.fromkeys(sorted(every), True))] if known and len(every) > 1 else found
 
-    def unlocked(self, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-        """What the class wants in addition after ``changes`` of the config; None where it wants anything else anew."""
+    def after(self, changes: Mapping[str, Any]) -> Skeleton | None:
+        """What the class wants after ``changes`` of the config; None where it rejects them or lacks a tensor then."""
         try:
             after = self.layout.skeleton_of(changed(self.layout.parsed, changes))
         except Exception:  # a config class rejects a combination in its own way
             return None
-        if any(after.get(name) != shape for name, shape in self.skeleton.items()):
+        return after if after.keys() >= self.skeleton.keys() else None
+
+    def unlocked(self, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+        """What the class wants in addition after ``changes`` of the config; None where it wants anything else anew."""
+        after = self.after(changes)
+        if after is None or self.grown(after):
             return None
         return {name: shape for name, shape in after.items() if name not in self.skeleton}
+
+    def grown(self, after: Skeleton) -> Skeleton:
+        """Of what the class wants already, what has another shape in ``after``."""
+        return {name: after[name] for name, shape in self.skeleton.items() if after[name] != shape}
+
+
+@dataclass(frozen=True, eq=False)
+class Gated:
+    """One gate, and what it adds where it is open rather than closed."""
+
+    gate: Gate
+    shift: Tensor  # [d], in stream units
+    intervention: str  # "add at resid_post.14"
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
     """One part of one write that must change.
 
-    ``weight``, ``bias``: of a writer; ``embedding``: all that is added there; ``shift``: of the stream at a site.
+    ``weight``, ``bias``: of a writer; ``embedding``: all that is added there; ``shift``: of the stream at a site;
+    ``gates``: every gate of the model, for all layers are as wide as the one with the most.
     """
 
     part: str
@@ -192,6 +214,8 @@ class Piece:
     layer: int | None = None
     writer: Writer | None = None  # of a weight or a bias
     site: Site | None = None  # of a shift: where it enters the stream
+    gates: tuple[Gated, ...] = ()
+    pad_to: int = 1  # of gates: what the number of neurons shall be a multiple of
 
 
 @dataclass(frozen=True)
