@@ -165,7 +165,9 @@ def test_a_gated_bake_equals_its_gated_hooks(
         assert gap(hooked, reload_worker.logits(model, rows(), zoo.PAD)) > 0.05
 
 
-EXACT = ("llama", "qwen2", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "starcoder2", "gemma")
+EXACT = (
+    "llama", "qwen2", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "starcoder2", "gemma", "deepseek_v2", "mixtral"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", EXACT)
