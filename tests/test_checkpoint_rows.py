@@ -105,7 +105,7 @@ def test_rows_are_edited_like_a_tensor_that_holds_them_alone(
     wanted = recompute(alone, replace(edit, source="part", rows=None), dtype)
     assert torch.equal(found, wanted)
     assert torch.equal(found, recompute(base, edit, dtype))
-    assert edit.only_moves is not edited
+    assert edit.keeps_values is not edited
     assert edited or torch.equal(found, taken(base.read(name), ROWS[rows]).to(found.dtype))
 
 
@@ -166,7 +166,7 @@ def test_a_tensor_is_multiplied_before_the_map_and_rounded_once(base: Checkpoint
     whole = Edit("reads", (FUSED, D), "BF16", Affine.identity(D), 1, "reads", scale=factor)
     assert torch.equal(recompute(base, whole), (old.float() * factor).bfloat16())
     assert torch.equal(recompute(base, whole, "F32"), old.float() * factor)
-    assert not whole.only_moves
+    assert not whole.keeps_values
     edited = recompute(base, replace(whole, affine=ablation(D)), "F32")
     assert (edited - ablation(D)(old.float() * factor)).abs().max() < 1e-4
     huge = replace(whole, scale=1e6)

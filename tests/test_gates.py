@@ -165,7 +165,9 @@ def test_a_gated_bake_equals_its_gated_hooks(
         assert gap(hooked, reload_worker.logits(model, rows(), zoo.PAD)) > 0.05
 
 
-EXACT = ("llama", "qwen2", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "starcoder2", "gemma")
+EXACT = (
+    "llama", "qwen2", "mistral", "phi3", "gpt2", "gpt_neox", "opt", "starcoder2", "gemma", "deepseek_v2", "mixtral"
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", EXACT)
@@ -372,7 +374,15 @@ def test_the_manifest_gives_the_gates_back(tmp_path: Path) -> None:
         assert torch.equal(before.probe, after.probe)
 
 
-UNDONE_ALONE = {"llama": True, "qwen2": True, "gpt2": True, "deepseek_v2": True, "phi3": False, "gemma": False}
+UNDONE_ALONE = {
+    "llama": True,
+    "qwen2": True,
+    "gpt2": True,
+    "deepseek_v2": True,
+    "gemma": True,
+    "phi3": False,
+    "mixtral": False,
+}
 
 
 @pytest.mark.parametrize("case", UNDONE_ALONE)
