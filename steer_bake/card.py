@@ -54,6 +54,7 @@ _UNMEASURED: Mapping[str, Any] = {
     "behaviour": [], "safety": [], "safety_measured": False, "examples": [], "judge": None, "repetition_penalty": None
 }  # fmt: skip
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|~])")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _SEAL = "<!-- steer-bake wrote this card: {digest} -->\n"
 _SEALED = re.compile(r"<!-- steer-bake wrote this card: ([0-9a-f]{64}) -->\s*\Z")
 
@@ -162,6 +163,8 @@ def _content(
         if report
         else [{"gate": one["gate"]} for one in plan["interventions"] if "gate" in one],
         "openings": measured.get("gates", ()),
+        "purpose": _purpose(recipe or ""),
+        "direction": _direction(plan, recipe or ""),
         "code": loading_code(place, found.target),
         "loading": _loading(folder, plan, publication.repo) if found.target == CHECKPOINT else [],
         "adapter": _adapter(found),
@@ -169,6 +172,7 @@ def _content(
         "audit": publication.audit,
         "gaps": _gaps(report),
         "edits": plan["edits"],
+        "new": sum(one["from"] is None for one in plan["edits"]),
         "matrices": sum(one["from"] is not None and len(one["shape"]) > 1 for one in plan["edits"]),
         "decisions": sorted({one["representation"] for one in plan["decisions"]}),
         "config_changes": plan["config_changes"],
@@ -324,13 +328,37 @@ def _gaps(report: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     return rows
 
 
+def _purpose(recipe: str) -> str:
+    """What the recipe's author says of it: the comment that it begins with."""
+    said = []
+    for line in recipe.splitlines():
+        if not line.startswith("#"):
+            break
+        said.append(line.lstrip("# ").rstrip())
+    return _escaped(" ".join(said))
+
+
+def _direction(plan: Mapping[str, Any], recipe: str) -> str:
+    """Which estimator found the direction and what it tells apart, where that is known."""
+    names = {(one["direction"] or {}).get("estimator") for one in plan["interventions"]} - {None, ""}
+    try:
+        estimator = (yaml.safe_load(recipe) or {}).get("estimator") or {}
+        sides = estimator.get("positive"), estimator.get("negative")
+    except (yaml.YAMLError, AttributeError):
+        sides = None, None
+    if len(names) != 1:
+        return ""
+    between = f" between `{sides[0]}` and `{sides[1]}` prompts" if all(sides) else ""
+    return f"The direction was estimated by `{names.pop()}`{between}."
+
+
 def _loading(folder: Path, plan: Mapping[str, Any], repo: str | None) -> list[dict[str, Any]]:
     """Every runtime: whether it loads what the plan adds, and how it is started."""
     needs, local = _needs(folder, plan), Path(repo or folder).name
     return [
         {
             "name": one.name,
-            "version": one.version,
+            "version": one.version[:12] if _COMMIT.fullmatch(one.version) else one.version,
             "loads": None if needs is None else one.loads(plan["model_type"], needs),
             "command": STARTING.get(one.name, "").format(path=repo or folder, folder=local),
         }
@@ -366,10 +394,16 @@ def _needs(folder: Path, plan: Mapping[str, Any]) -> list[str] | None:
 
 def _text(value: object) -> str:
     """``value`` as one line that Markdown shows as it is: in a table's cell too, whatever a model has answered."""
-    line = " ".join("".join(one if one.isprintable() else " " for one in str(value)).split())
-    if len(line) > LONGEST_ANSWER:
-        line = line[: LONGEST_ANSWER - 3].rstrip() + "..."
-    return _MARKDOWN.sub(r"\\\1", line)
+    line = _line(value)
+    return _escaped(line if len(line) <= LONGEST_ANSWER else line[: LONGEST_ANSWER - 3].rstrip() + "...")
+
+
+def _escaped(value: str) -> str:
+    return _MARKDOWN.sub(r"\\\1", _line(value))
+
+
+def _line(value: object) -> str:
+    return " ".join("".join(one if one.isprintable() else " " for one in str(value)).split())
 
 
 def _fence(text: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -33,7 +33,8 @@ WIDTH = 100  # where stdout is a file or a pipe
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, drawn once there is something to count; a plain line where stderr is no terminal."""
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn()
+    percent = TextColumn("{task.percentage:>3.0f}%")
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), percent, TimeElapsedColumn()
     counted = False
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None, visible=False)

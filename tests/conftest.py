@@ -18,6 +18,7 @@ import torch
 from steer_bake.baked import audit_against
 
 from . import tiny
+from .test_bake import COMBINED, CONSTANT, baked
 
 # The suite runs several workers on few cores; more threads than cores only get in each other's way.
 torch.set_num_threads(int(os.environ.get("STEER_BAKE_TEST_THREADS", "1")))
@@ -33,6 +34,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tied_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tied bfloat16 tiny Llama in several shards. Read-only."""
     return tiny.save_llama(tmp_path_factory.mktemp("tied_llama"), tied=True, shard_size="20KB")
+
+
+@pytest.fixture(scope="session")
+def good(llama: Path, tied_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two bakes: ``constant`` of ``llama``, ``combined`` of ``tied_llama``. Read-only."""
+    folder = tmp_path_factory.mktemp("good")
+    return {
+        "constant": baked(llama, folder / "constant", CONSTANT),
+        "combined": baked(tied_llama, folder / "combined", COMBINED),
+    }
 
 
 @pytest.fixture(autouse=True)

@@ -28,10 +28,8 @@ from steer_bake.errors import CheckpointError, ValidationFailed
 from steer_bake.interventions.clamp import clamp as clamp_map
 
 from . import jobs, tiny
-from .test_bake import CASES, add, baked, clamp
+from .test_bake import CASES, COMBINED, CONSTANT, add, baked
 
-CONSTANT = [add("resid_post.1"), add("resid_mid.2", 2.0, 4)]
-COMBINED = [clamp("writes", 2.0, 0), add("resid_post.1")]
 BIAS = "model.layers.1.mlp.down_proj.bias"
 QUERY, QUERY_1 = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.self_attn.q_proj.weight"
 MATRIX, NORM = "model.layers.2.mlp.down_proj.weight", "model.norm.weight"
@@ -44,15 +42,6 @@ def failed(found: Audit) -> dict[str, str]:
 
 def detail(found: Audit, name: str) -> str:
     return next(check.detail for check in found.checks if check.name == name)
-
-
-@pytest.fixture(scope="module")
-def good(llama: Path, tied_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("good")
-    return {
-        "constant": baked(llama, folder / "constant", CONSTANT),
-        "combined": baked(tied_llama, folder / "combined", COMBINED),
-    }
 
 
 # --- tampering: every one of these must fail, by the name of a check and with words that say where

@@ -77,6 +77,10 @@ CASES = {
     ],
 }
 
+#: What is baked where any bake will do: biases alone; and matrices too, the added vector along the clamped direction.
+CONSTANT = [add("resid_post.1"), add("resid_mid.2", 2.0, 4)]
+COMBINED = [clamp("writes", 2.0, 0), add("resid_post.1")]
+
 
 def baked(base: Path, out: Path, interventions: list[Intervention], **options: bool) -> Path:
     opened = Checkpoint.open(base)

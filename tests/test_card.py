@@ -114,6 +114,15 @@ def test_a_fall_of_harmful_refusals_is_said(baked: Path, fallen: int, warned: st
     assert ("not-for-all-audiences" in ModelCard(text).data.to_dict()["tags"]) == tagged
 
 
+def test_the_card_says_what_it_is_for_in_the_recipes_own_words(llama: Path, tmp_path: Path) -> None:
+    path = jobs.write_recipe(tmp_path, llama)
+    path.write_text("# It becomes *gloomy*.\n# So it was tried.\n" + path.read_text())
+    text = (pipeline.run(path, tmp_path / "run", device="cpu").model / "README.md").read_text()
+    assert "It becomes \\*gloomy\\*. So it was tried." in text
+    assert "estimated by `mean_difference` between `gloomy` and `cheerful` prompts" in text
+    assert "new tensors" in text
+
+
 def test_unmeasured_refusals_are_said(baked: Path) -> None:
     declined = evaluation(safety=[], safety_measured=False)
     assert "Refusals were not measured" in render(baked, REPORT, declined)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard, constants
 
 from steer_bake import card, manifest, safety
 from steer_bake.checkpoint import Checkpoint
 from steer_bake.errors import PublishError
 from steer_bake.evaluate import compare
+from steer_bake.hub import upload
+from steer_bake.hub.items import hashed
 
 from . import jobs, tiny
 from .hub import Fault, LocalHub, User
@@ -191,6 +193,25 @@ def test_weights_of_an_older_push_do_not_stay_beside_new_ones(
     assert how(done)["model.safetensors"] == "delete"
     assert "model.safetensors" not in (hub.repo(repo) or {})
     assert {"picture.png", ".gitattributes"} <= set(hub.repo(repo) or {})
+
+
+def test_what_has_arrived_is_told_in_pieces(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    sizes = {"a.safetensors": 600, "b.safetensors": 300, "c.safetensors": 200, "d.safetensors": 5000}
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(name.encode() * size)
+    items = hashed(tmp_path, sizes, lambda _done, _total: None)
+    a, b, c, d = (item.size for item in items.values())
+    monkeypatch.setattr(upload, "TOGETHER", a + b)
+    api, told = HfApi(hub.url, token=TOKEN), list[tuple[int, int]]()
+    api.create_repo("org/told")
+    branch = upload.Branch(api, "org/told", "main", lambda done, total: told.append((done, total)))
+    branch.settle([*items.values()], "told")
+    total = a + b + c + d
+    assert told == [(0, total), (a + b, total), (a + b + c, total), (total, total)]
+    assert len(hub.commits("org/told")) == 1
 
 
 def test_what_was_published_has_no_path_of_this_machine(

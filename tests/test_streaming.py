@@ -24,8 +24,8 @@ from steer_bake.sites import Site
 from steer_bake.validate import Report, validate
 
 from . import tiny
-from .test_bake import PAD, baked
-from .test_validate import COMBINED, CONSTANT, OPTIONS, ROWS, bias_removed, matrix_left_unedited
+from .test_bake import COMBINED, CONSTANT, PAD, baked
+from .test_validate import OPTIONS, ROWS, bias_removed, matrix_left_unedited
 
 ROOT = Path(__file__).parent.parent
 

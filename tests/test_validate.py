@@ -19,27 +19,15 @@ from steer_bake.reload_worker import load_strict, logits, nudged
 from steer_bake.validate import Report, validate
 
 from . import tiny
-from .test_bake import PAD, ablate, add, baked, clamp
+from .test_bake import COMBINED, CONSTANT, PAD, ablate, add, baked
 
 ROWS = [list(torch.randint(0, 256, (8 + 3 * n,), generator=torch.Generator().manual_seed(n))) for n in range(10)]
 ROWS = [[int(token) for token in row] for row in ROWS]
 OPTIONS = {"pad_id": PAD, "decode_prompts": 3, "decode_tokens": 8}
 
-CONSTANT = [add("resid_post.1"), add("resid_mid.2", 2.0, 4)]
-COMBINED = [clamp("writes", 2.0, 0), add("resid_post.1")]  # the added vector is along the clamped direction
-
 
 def report_of(folder: Path, base: Path, interventions: list[Intervention]) -> Report:
     return validate(folder, base, interventions, ROWS, **OPTIONS)  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module")
-def good(llama: Path, tied_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("good")
-    return {
-        "constant": baked(llama, folder / "constant", CONSTANT),
-        "combined": baked(tied_llama, folder / "combined", COMBINED),
-    }
 
 
 @pytest.mark.parametrize("kind", ["constant", "combined"])

@@ -281,12 +281,9 @@ def _publish(
         pull = None if all(is_there(one, now) for one in items) else _pull_request(place, title)
         revision = f"refs/pr/{pull}" if pull else revision
     with progress("publishing") as advance:
-        total = sum(one.size for one in items)
-        advance(0, total)
         if notes:
             items = fetched(items)
-        settled = _settled(Branch(api, repo, revision), items, title, notes)
-        advance(total, total)
+        settled = _settled(Branch(api, repo, revision, advance), items, title, notes)
     if any(isinstance(one.source, Away) for one in items):
         _check_headers(repo, settled.commit, found)
     done = _pushed(place, certified, settled.moves, notes)

@@ -7,7 +7,7 @@ that a commit whose answer was lost is found and not made twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,11 +16,13 @@ from huggingface_hub.errors import FileDuplicationError, HfHubHTTPError
 
 from ..checkpoint import remote
 from ..errors import PublishError
-from .items import Away, Item, Move, Tree, check_arrived, hashed, is_there, moves, tree
+from .items import Advance, Away, Item, Move, Tree, check_arrived, hashed, is_there, moves, tree
 from .talk import ask, refusal, status_of
 
 #: A commit has happened since the one that was named as its parent.
 STALE = 412
+#: Bytes of files that are handed to the client together: it tells of no progress until all of them have arrived.
+TOGETHER = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Branch:
     api: HfApi
     repo: str
     revision: str
+    advance: Advance = lambda _done, _total: None  # bytes of new files
 
     def __post_init__(self) -> None:
         self._additions: dict[str, CommitOperationAdd] = {}
@@ -110,10 +113,27 @@ class Branch:
         Raises:
             PublishError: it has given up.
         """
-        try:
-            self.api.preupload_lfs_files(self.repo, additions, revision=self.revision, free_memory=False)
-        except Exception as error:  # as above
-            raise refusal(f"uploading to {self.repo}", error) from error
+        total, done = sum(one.upload_info.size for one in additions), 0
+        self.advance(0, total)
+        for some in _together(additions):
+            try:
+                self.api.preupload_lfs_files(self.repo, some, revision=self.revision, free_memory=False)
+            except Exception as error:  # as above
+                raise refusal(f"uploading to {self.repo}", error) from error
+            done += sum(one.upload_info.size for one in some)
+            self.advance(done, total)
+
+
+def _together(additions: Sequence[CommitOperationAdd]) -> Iterator[list[CommitOperationAdd]]:
+    """``additions`` in their order, in groups of ``TOGETHER`` bytes or of one file."""
+    group: list[CommitOperationAdd] = []
+    for one in additions:
+        if group and sum(other.upload_info.size for other in (*group, one)) > TOGETHER:
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
 
 
 def _check_ours(repo: str, head: str, before: Tree, now: Tree, todo: Iterable[Move], items: Sequence[Item]) -> None:
