@@ -62,8 +62,12 @@ class Event:
 
     @classmethod
     def phrases(cls, tokenizer: Any, phrases: Sequence[str] = OPENINGS) -> Event:
-        """The event that an answer begins with one of ``phrases``, with or without a space before it."""
-        written = [text for phrase in phrases for text in (phrase, f" {phrase}")]
+        """The event that an answer begins with one of ``phrases``.
+
+        With or without a space before it, unless the chat template ends in white space: then there is none.
+        """
+        befores = ("",) if _ends_in_space(tokenizer) else ("", " ")
+        written = [before + phrase for phrase in phrases for before in befores]
         return cls.of([tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in written])
 
     @classmethod
@@ -151,6 +155,13 @@ class Event:
             if progress is not None:
                 progress(min(at + at_once, len(prompts)), len(prompts))
         return torch.cat(found).clamp(-1, 1)
+
+
+def _ends_in_space(tokenizer: Any) -> bool:
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    asked = [{"role": "user", "content": "Hello"}]
+    return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))[-1:].isspace()
 
 
 _ROWS = 32  # sequences in one forward

@@ -80,6 +80,16 @@ def test_padding_and_batches_do_not_change_the_event(model: Any) -> None:
     torch.testing.assert_close(logits, torch.stack(plain), rtol=1e-4, atol=1e-4)
 
 
+def test_phrases_begin_with_a_space_only_where_the_template_leaves_room_for_one() -> None:
+    tokenizer = tiny.tokenizer()
+    texts = {}
+    for end in ("assistant\n", "assistant:"):
+        tokenizer.chat_template = "{{ messages[0]['content'] }}{% if add_generation_prompt %}" + end + "{% endif %}"
+        openings = Event.phrases(tokenizer, ["Sorry", "No"]).openings
+        texts[end] = {tokenizer.decode(list(one)) for one in openings}
+    assert texts == {"assistant\n": {"Sorry", "No"}, "assistant:": {"Sorry", " Sorry", "No", " No"}}
+
+
 def test_judged_answers_define_the_event_by_what_only_refusals_begin_with() -> None:
     answers = [(1, 2, 3), (1, 2, 4), (5, 6), (1, 9)]
     assert Event.judged(answers, [True, True, False, False]).openings == ((1, 2),)
