@@ -21,7 +21,7 @@ PACKAGED = Path(__file__).parent / "prompt_sets"
 POSITIONS = ("last", "mean", "instruction")
 
 _CONTENT_KEYS = ("text", "prompt", "messages")
-_ROW_KEYS = (*_CONTENT_KEYS, "label", "category", "split", "system", "pair", "id")
+_ROW_KEYS = (*_CONTENT_KEYS, "label", "category", "topic", "split", "system", "pair", "id")
 # Stands for the instruction while its place in the rendered template is looked for: nothing a template would change.
 _PLACEHOLDER = "steerbakeinstructionplaceholder"
 
