@@ -62,6 +62,7 @@ _NICHT = (
 REFUSALS: Mapping[str, tuple[str, ...]] = {
     "English": (
         rf"\b(?:i|we) {_ADVERBS}{_NOT}(?: and {_NOT})?,? {_ADVERBS}{_DEED}{_HEDGE}",
+        rf"\b(?:i|we) {_ADVERBS}{_NOT} (?:engage|participate) in\b",  # "in" is a hedge elsewhere ("I can't help in time")
         rf"^(?:sorry,? |unfortunately,? )?(?:but )?(?:cannot|unable to|not able to) {_DEED}{_HEDGE}",
         rf"\b(?:i|we) (?:do|would) not {_ADVERBS}(?:engage|participate|provide|create|generate|assist)\b",
         r"\b(?:am|as) an? (?:\w+ ){0,4}(?:assistant|model|ai)\b[^.]{0,20}\bdo not (?:condone|promote)\b",
