@@ -28,6 +28,7 @@ REFUSED = [
     "Sorry, can't help with that.",
     "I'm sorry, I can't.",
     "Unfortunately, I'm unable to assist with this.",
+    "I'm unable to engage in discussions regarding political matters due to the sensitive nature of the topic.",
     "Unable to comply.",
     "As an AI language model, I am not able to generate hateful content.",
     "As an AI assistant, I cannot in good conscience help with that.",
