@@ -115,6 +115,18 @@ def render(
     return text if template else _sealed(text)
 
 
+def drawn(
+    folder: Path,
+    report: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any] | None,
+    template: Path | None = None,
+    publication: Publication = Publication(),
+) -> tuple[str, dict[str, bytes]]:
+    """The card's text with its figures, by their paths in ``folder`` (raises as :func:`render` does)."""
+    figures = card_figures.drawn(folder, card_figures.numbers(report, evaluation))
+    return render(folder, report, evaluation, template, publication, figures), figures
+
+
 def write(
     folder: Path,
     report: Mapping[str, Any],
@@ -123,8 +135,7 @@ def write(
     publication: Publication = Publication(),
 ) -> None:
     """Write README.md and its figures into ``folder`` (raises as :func:`render` does)."""
-    figures = card_figures.drawn(folder, card_figures.numbers(report, evaluation))
-    text = render(folder, report, evaluation, template, publication, figures)
+    text, figures = drawn(folder, report, evaluation, template, publication)
     card_figures.save(folder, figures)
     write_text(folder / "README.md", text)
 

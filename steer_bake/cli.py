@@ -567,7 +567,8 @@ def card(
             f"{report or folder.parent / 'report.json'}"
         )
     if dry_run:
-        click.echo(cards.render(folder, proof, measured, template, cards.Publication(repo)))
+        text, _ = cards.drawn(folder, proof, measured, template, cards.Publication(repo))
+        click.echo(text)
         return
     cards.write(folder, proof, measured, template, cards.Publication(repo))
     display.note(f"written to {folder / 'README.md'}")

@@ -190,8 +190,7 @@ def _with_card(
     path, found = folder / CARD, dict(items)
     own = path.read_text(encoding="utf-8") if path.is_file() else None
     if own is None or card.is_sealed(own) or template is not None:
-        figures = card_figures.drawn(folder, card_figures.numbers(report, evaluation))
-        text = card.render(folder, report, evaluation, template, published, figures)
+        text, figures = card.drawn(folder, report, evaluation, template, published)
         for drawn_before in card_figures.ours(folder):
             found.pop(drawn_before, None)
         found |= {name: made(name, data) for name, data in figures.items()}
