@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,9 @@ def _refusals(figure: Any, numbers: Mapping[str, Any]) -> None:
     xs, ys = [one["harmless"] for one in points], [one["harmful"] for one in points]
     axes.plot(xs, ys, color="#999999", linewidth=1, zorder=1)
     axes.scatter(xs, ys, c=[COLOURS[6] if one["coefficient"] == 0 else COLOURS[0] for one in points], zorder=2)
-    for one, x, y in zip(points, xs, ys, strict=True):
-        text = "unsteered" if one["coefficient"] == 0 else f"{one['coefficient']:+g}"
-        axes.annotate(text, (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8)
+    for number, (x, y, text) in enumerate(_named(points)):  # by turns below and above the line
+        place, side = (((5, -12), "left"), ((-5, 6), "right"))[number % 2]
+        axes.annotate(text, (x, y), textcoords="offset points", xytext=place, ha=side, fontsize=8)
     axes.plot([0, 1], [0, 1], color="#999999", linestyle=":")
     axes.set_xlim(-0.02, 1.02)
     axes.set_ylim(-0.02, 1.02)
@@ -158,3 +158,20 @@ def _refusals(figure: Any, numbers: Mapping[str, Any]) -> None:
     axes.set_title(
         f"{numbers['refusals']['of'].capitalize()},\n{numbers['estimator']} added at {numbers['site']}", fontsize=10
     )
+
+
+_CLOSE = 0.04  # points nearer than this share one text
+
+
+def _named(points: Sequence[Mapping[str, float]]) -> list[tuple[float, float, str]]:
+    """Where texts stand and what they say: the coefficients of all points that lie there."""
+    found: list[tuple[float, float, list[str]]] = []
+    for one in points:
+        text = "unsteered" if one["coefficient"] == 0 else f"{one['coefficient']:+g}"
+        x, y = one["harmless"], one["harmful"]
+        near = next((texts for left, up, texts in found if abs(left - x) < _CLOSE and abs(up - y) < _CLOSE), None)
+        if near is None:
+            found.append((x, y, [text]))
+        else:
+            near.append(text)
+    return [(x, y, ", ".join(texts)) for x, y, texts in found]
