@@ -73,7 +73,7 @@ def test_openings_are_training_prompts_with_as_many_declined_as_answered_of_each
         assert counts[group, "refused"] == counts[group, "answered"] >= 40
 
 
-@pytest.mark.parametrize("name", ["selective-refusal", "topic-refusal"])
+@pytest.mark.parametrize("name", ["selective-refusal", "selective-refusal-first", "topic-refusal"])
 def test_recipes_use_no_test_prompt(name: str) -> None:
     found, _ = recipe.read(ROOT / "recipes" / f"{name}.yaml")
     texts = {row["text"] for row in split("test")}
