@@ -206,7 +206,10 @@ def answer_log_probability(model: Any, conversations: Sequence[tuple[Encoded, tu
         ]
         tokens = [token for _, answer in some for token in answer]
         each = logits_at(model, rows, places).log_softmax(-1)[range(len(tokens)), tokens].double().cpu()
-        found += [float(part.mean()) for part in torch.split(each, [len(answer) for _, answer in some])]
+        start = 0
+        for _, answer in some:
+            found.append(float(each[start : start + len(answer)].mean()))
+            start += len(answer)
     return torch.tensor(found, dtype=torch.float64)
 
 
