@@ -9,7 +9,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from .confidence import Aim
     from .interventions import Intervention
     from .job import Job
+    from .models import Offload
     from .prompts import Prompt
 
 _recipe = click.argument("recipe", type=click.Path(path_type=Path))
@@ -158,15 +160,10 @@ def extract(
       steer-bake extract recipes/quickstart.yaml --offload /tmp/weights --max-memory cpu=8GiB
     """
     from . import distributed
-    from .job import Job, save_directions
-    from .models import pick_device
-    from .stages import no_empty_folder, silent
+    from .job import save_directions
+    from .stages import no_empty_folder
 
-    with distributed.joined(pick_device(device)) as own:
-        spread = _offload(offload, max_memory)
-        seen = progress if distributed.is_first() else silent
-        job = Job(recipe, out.parent, device=own, dtype=dtype, offload=spread, progress=seen)
-        job.check()
+    with _shared_job(recipe, out.parent, device, dtype, _offload(offload, max_memory)) as job:
         if dry_run:
             display.note(f"would read {', '.join(map(str, job.read_sites()))} of {job.ref.name} and write {out}")
             return
@@ -196,18 +193,13 @@ def probe(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_js
 
     \b
     Example:
-      steer-bake probe recipes/selective.yaml -o gates.safetensors
+      steer-bake probe recipes/selective-refusal-first.yaml -o gates.safetensors
     """
     from . import distributed
     from .fitting import save_gates
-    from .job import Job
-    from .models import pick_device
-    from .stages import no_empty_folder, silent
+    from .stages import no_empty_folder
 
-    with distributed.joined(pick_device(device)) as own:
-        seen = progress if distributed.is_first() else silent
-        job = Job(recipe, out.parent, device=own, dtype=dtype, progress=seen)
-        job.check()
+    with _shared_job(recipe, out.parent, device, dtype) as job:
         if dry_run:
             sites = ", ".join(map(str, job.gate_sites())) or "nothing"
             display.note(f"would fit {sites} of {job.ref.name} and write {out}")
@@ -951,7 +943,22 @@ def list_(what: str | None, as_json: bool) -> None:
 # --- what commands share
 
 
-def _offload(folder: Path | None, max_memory: Sequence[str]) -> Any:
+@contextmanager
+def _shared_job(recipe: Path, folder: Path, device: str, dtype: str, offload: Offload | None = None) -> Iterator[Job]:
+    """The checked job of ``recipe`` in each of the processes that torchrun started, of which the first one talks."""
+    from . import distributed
+    from .job import Job
+    from .models import pick_device
+    from .stages import silent
+
+    with distributed.joined(pick_device(device)) as own:
+        seen = progress if distributed.is_first() else silent
+        job = Job(recipe, folder, device=own, dtype=dtype, offload=offload, progress=seen)
+        job.check()
+        yield job
+
+
+def _offload(folder: Path | None, max_memory: Sequence[str]) -> Offload | None:
     from .models import Offload
 
     sizes: dict[int | str, str] = {}

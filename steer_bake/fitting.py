@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, replace
+from dataclasses import KW_ONLY, astuple, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from . import architectures, gating
 from .activations import tokens
+from .architectures import Layout
 from .behaviour import context_length
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, RecipeError
@@ -32,6 +33,7 @@ from .stages import Progress, replacing
 _KEPT_BACK = 5
 
 
+@dataclass(eq=False)
 class Fitting:
     """The gates that a recipe asks for.
 
@@ -39,20 +41,18 @@ class Fitting:
         SteerBakeError: of its methods, where prompts, labels or sites do not fit.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        home: Path,
-        ref: ModelRef,
-        base: Checkpoint,
-        *,
-        dtype: str,
-        placement: Placement,
-        progress: Progress,
-    ) -> None:
-        self.recipe, self.home, self.ref, self.base = recipe, home, ref, base
-        self.dtype, self.placement, self.progress = dtype, placement, progress
-        self.layout = architectures.layout(base.config)
+    recipe: Recipe
+    home: Path  # where the recipe's relative paths start
+    ref: ModelRef
+    base: Checkpoint
+    _: KW_ONLY
+    dtype: str
+    placement: Placement
+    progress: Progress
+
+    @cached_property
+    def layout(self) -> Layout:
+        return architectures.layout(self.base.config)
 
     @cached_property
     def wanted(self) -> list[tuple[Described, Wanted]]:

@@ -24,7 +24,7 @@ from .activations import tokens
 from .architectures import Layout
 from .errors import RecipeError
 from .gate import Gate
-from .probes import Samples, auroc
+from .probes import Samples, auroc, youden
 from .prompts import Encoded, Prompt, encode
 from .sites import Site
 
@@ -201,18 +201,6 @@ def _rates(fires: Tensor, positive: Tensor, weights: Tensor) -> dict[str, float]
         float((weights[side] * fires[side]).sum() / weights[side].sum()) for side in (positive, ~positive)
     )  # fmt: skip
     return {"true_positives": true, "false_positives": false, "youden": true - false}
-
-
-def youden(logits: Tensor, positive: Tensor, weights: Tensor) -> float:
-    """The threshold with the most true less false positives; in the middle of the gap where it lies in one. All [n]."""
-    order = logits.argsort()
-    ordered = logits[order]
-    signed = torch.where(positive, weights / weights[positive].sum(), -weights / weights[~positive].sum())[order]
-    above = signed.flip(0).cumsum(0).flip(0)  # true less false positives where everything from here on fires
-    distinct = torch.ones(len(ordered), dtype=torch.bool)
-    distinct[1:] = ordered[1:] > ordered[:-1]
-    best = int(torch.where(distinct, above, above.new_tensor(-2.0)).argmax())
-    return float(ordered[best] if best == 0 else (ordered[best] + ordered[best - 1]) / 2)
 
 
 def calibration(logits: Tensor, positive: Tensor, weights: Tensor) -> tuple[float, float]:

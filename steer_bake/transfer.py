@@ -13,6 +13,7 @@ from .activations import project
 from .architectures import Layout
 from .direction import Direction
 from .errors import RecipeError
+from .probes import auroc
 from .prompts import Encoded
 from .sites import Site
 
@@ -34,11 +35,11 @@ def separation(positive: Tensor, negative: Tensor) -> Separation:
     if not len(positive) or not len(negative):
         raise RecipeError("a separation needs prompts of both sides")
     one, other = positive.double(), negative.double()
-    above = (one[:, None] > other).double() + (one[:, None] == other).double() / 2
     spread = float(((one.var(correction=0) + other.var(correction=0)) / 2).sqrt())
     moved = float(one.mean() - other.mean())
     distance = moved / spread if spread else (0.0 if moved == 0 else float("inf") * moved)
-    return Separation(float(above.mean()), distance)
+    both, is_positive = torch.cat([one, other]), torch.arange(len(one) + len(other)) < len(one)
+    return Separation(auroc(both, is_positive, torch.ones_like(both)), distance)
 
 
 def check_shape(source: Layout, target: Layout) -> None:

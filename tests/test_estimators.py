@@ -11,7 +11,7 @@ from steer_bake.estimators import Statistics, estimate
 from steer_bake.estimators._covariance import covariance, pooled_solve, ridge_solve
 from steer_bake.estimators.leace import Options as Whitening
 from steer_bake.estimators.leace import eraser
-from steer_bake.estimators.logistic_probe import fit, youden
+from steer_bake.estimators.logistic_probe import fit
 from steer_bake.estimators.mean_difference import mean_difference
 from steer_bake.estimators.pca import pca
 from steer_bake.estimators.wrmd import Options as Ridge
@@ -381,12 +381,6 @@ def test_the_probe_is_the_optimum_of_its_loss() -> None:
     assert float(weight.grad.norm()) < 1e-7
     assert abs(float(bias.grad)) < 1e-7  # type: ignore[arg-type]
     assert float((probe(positive.rows) > 0).double().mean()) > 0.9
-
-
-def test_youdens_threshold_parts_the_sides_best() -> None:
-    positive, negative = torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.tensor([-1.0, 0.0, 1.5, 0.5])
-    assert 0.5 < youden(positive, negative) < 1.0 or 1.5 < youden(positive, negative) < 2.0
-    assert 2.0 < youden(positive + 5, negative) < 6.0
 
 
 def test_after_the_eraser_the_means_are_equal_and_other_components_stay() -> None:

@@ -16,10 +16,10 @@ from steer_bake.architectures import layout
 from steer_bake.checkpoint import Checkpoint
 from steer_bake.cli import main
 from steer_bake.errors import RecipeError
-from steer_bake.gating import calibration, fit, passed_through, samples, youden
+from steer_bake.gating import calibration, fit, passed_through, samples
 from steer_bake.job import Job
 from steer_bake.models import load_model, load_tokenizer
-from steer_bake.probes import Samples, auroc
+from steer_bake.probes import Samples, auroc, youden
 from steer_bake.prompts import Prompt
 from steer_bake.recipe import parse
 from steer_bake.registry import names
@@ -109,6 +109,13 @@ def test_the_threshold_lies_in_the_middle_of_the_best_gap() -> None:
     best = youden(scores, overlapping, torch.ones(6, dtype=torch.float64))
     rates = [float(((scores > best) & side).sum() / side.sum()) for side in (overlapping, ~overlapping)]
     assert rates[0] - rates[1] == pytest.approx(2 / 3)
+
+    def parting(one: torch.Tensor, other: torch.Tensor) -> float:
+        return youden(torch.cat([one, other]), torch.arange(8) < 4, torch.ones(8, dtype=torch.float64))
+
+    high, low = torch.tensor([1.0, 2.0, 3.0, 9.0]), torch.tensor([-1.0, 0.0, 1.5, 0.5])
+    assert 0.5 < parting(high, low) < 1.0 or 1.5 < parting(high, low) < 2.0
+    assert 2.0 < parting(high + 5, low) < 6.0
 
 
 def test_a_prompt_weighs_the_same_however_many_tokens_it_has() -> None:

@@ -88,15 +88,3 @@ def _newton(inner: Tensor, sign: Tensor, share: Tensor, penalty: float) -> Tenso
         if float(gradient.norm()) < 1e-9 or here - loss(at) < 1e-14:
             break
     return at
-
-
-def youden(positive: Tensor, negative: Tensor) -> float:
-    """The threshold on scores that makes true positive rate minus false positive rate largest (equation 6).
-
-    It lies half-way between the two scores that it parts.
-    """
-    scores = torch.cat([positive, negative]).double().sort().values
-    middles = torch.cat([scores[:1] - 1, (scores[1:] + scores[:-1]) / 2])
-    hit = (positive.double()[None] > middles[:, None]).double().mean(1)
-    false = (negative.double()[None] > middles[:, None]).double().mean(1)
-    return float(middles[(hit - false).argmax()])

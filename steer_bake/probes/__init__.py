@@ -52,3 +52,15 @@ def auroc(scores: Tensor, positive: Tensor, weights: Tensor) -> float:
     lower, upper = (below[torch.searchsorted(negative, scores[positive], right=right)] for right in (False, True))
     wins = (weights[positive] * (lower + upper) / 2).sum()
     return float(wins / (weights[positive].sum() * below[-1]))
+
+
+def youden(logits: Tensor, positive: Tensor, weights: Tensor) -> float:
+    """The threshold with the most true less false positives; in the middle of the gap where it lies in one. All [n]."""
+    order = logits.argsort()
+    ordered = logits[order]
+    signed = torch.where(positive, weights / weights[positive].sum(), -weights / weights[~positive].sum())[order]
+    above = signed.flip(0).cumsum(0).flip(0)  # true less false positives where everything from here on fires
+    distinct = torch.ones(len(ordered), dtype=torch.bool)
+    distinct[1:] = ordered[1:] > ordered[:-1]
+    best = int(torch.where(distinct, above, above.new_tensor(-2.0)).argmax())
+    return float(ordered[best] if best == 0 else (ordered[best] + ordered[best - 1]) / 2)
