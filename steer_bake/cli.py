@@ -193,7 +193,7 @@ def probe(recipe: Path, out: Path, device: str, dtype: str, dry_run: bool, as_js
 
     \b
     Example:
-      steer-bake probe recipes/selective-refusal-first.yaml -o gates.safetensors
+      steer-bake probe recipes/selective-refusal.yaml -o gates.safetensors
     """
     from . import distributed
     from .fitting import save_gates

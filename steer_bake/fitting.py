@@ -137,11 +137,11 @@ class Fitting:
     def split(self, gate: Wanted) -> tuple[list[Prompt], list[Prompt]]:
         """The labelled prompts of a gate: those that its probe is fitted on, and those that it is measured on."""
         labels = [*gate.positive, *gate.negative]
-        prompts = self.recipe.prompts[gate.prompts].load(self.home)
+        prompts = self._loaded(gate.prompts)
         require_labels(prompts, labels)
         of = {label: [prompt for prompt in prompts if prompt.label == label] for label in labels}
         if gate.validation is not None:
-            validation = self.recipe.prompts[gate.validation].load(self.home)
+            validation = self._loaded(gate.validation)
             require_labels(validation, labels)
             return [one for side in of.values() for one in side], [one for one in validation if one.label in labels]
         few = next((label for label, side in of.items() if len(side) < _KEPT_BACK), None)
@@ -152,6 +152,9 @@ class Fitting:
         last = _KEPT_BACK - 1
         train = [one for side in of.values() for index, one in enumerate(side) if index % _KEPT_BACK != last]
         return train, [one for side in of.values() for one in side[last::_KEPT_BACK]]
+
+    def _loaded(self, sets: Sequence[str]) -> list[Prompt]:
+        return [prompt for name in sets for prompt in self.recipe.prompts[name].load(self.home)]
 
     def _unrelated(self, gate: Wanted) -> dict[str, list[Prompt]]:
         """Texts on which a gate should stay closed."""

@@ -2,14 +2,16 @@
 
 Rows are the prompt's tokens behind the instruction (there the template asks for the answer) and the first tokens of the
 model's own answer; a gate decides on every one of them anew. The refusal-control paper decides once, at the prompt's
-last token (arXiv 2603.13359, eqs. 5 to 7); both rules are measured on the same validation prompts.
+last token (arXiv 2603.13359, eqs. 5 to 7); both rules are measured on the same validation prompts. Texts that no
+template frames are read whole: a probe that has seen nothing but tokens of templates and answers is open on half of
+theirs.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,7 @@ class Passed:
 
     encoded: Encoded
     positive: bool
-    last: int  # the prompt's last token
+    last: int | None  # the prompt's last token; none of a text, which nothing answers
 
 
 def passed_through(
@@ -61,9 +63,10 @@ def passed_through(
     batch_size: int = 32,
     progress: Advance | None = None,
 ) -> list[Passed]:
-    """The prompts with ``generated`` tokens of the model's own greedy answer.
+    """The prompts with ``generated`` tokens of the model's own greedy answer, and texts (``chat: false``) as they are.
 
-    ``position``: ``answer``, from the end of the instruction on, or ``last``, from the prompt's last token on.
+    ``position``: ``answer``, from the end of the instruction on, or ``last``, from the prompt's last token on. Texts
+    are read from their second token on: the first, on which attention rests, is no token like others.
 
     Raises:
         RecipeError: an unknown position, or an instruction that cannot be found in the rendered prompt.
@@ -71,7 +74,8 @@ def passed_through(
     if position not in ("answer", "last"):
         raise RecipeError(f"unknown position {position!r} of a gate: known are 'answer' and 'last'")
     read = encode(tokenizer, prompts, "instruction" if position == "answer" else "last")
-    order = sorted(distributed.share(len(read)), key=lambda index: len(read[index].ids))
+    asked = [index for index in distributed.share(len(read)) if prompts[index].text is None]
+    order = sorted(asked, key=lambda index: len(read[index].ids))
     answers = torch.zeros(len(read), generated, dtype=torch.long)  # numbers of tokens counted from 1; 0: none
     for at in range(0, len(order), batch_size):
         chosen = order[at : at + batch_size]
@@ -83,7 +87,10 @@ def passed_through(
             progress(at + len(chosen), len(order))
     distributed.add_up([answers])
     found = []
-    for one, fires, row in zip(read, positive, answers.tolist(), strict=True):
+    for prompt, one, fires, row in zip(prompts, read, positive, answers.tolist(), strict=True):
+        if prompt.text is not None:
+            found.append(Passed(replace(one, start=min(1, len(one.ids) - 1), stop=len(one.ids)), fires, None))
+            continue
         answer, last = tuple(token - 1 for token in row if token), len(one.ids) - 1
         start = min(one.stop, last) if position == "answer" else last
         whole = Encoded(one.ids + answer, start, len(one.ids) + len(answer), one.beginning)

@@ -114,8 +114,8 @@ class Gate(_Section):
     probe: str = "logistic"
     positive: Names = []  # labels of the prompts on which it opens
     negative: Names = []  # and of those on which it stays closed
-    prompts: str = "train"
-    validation: str | None = None  # the set that the threshold is chosen on; default: every fifth prompt of ``prompts``
+    prompts: Names = ["train"]  # sets; a text without a chat template (``chat: false``) is read whole
+    validation: Names | None = None  # that the threshold is chosen on; default: every fifth prompt of ``prompts``
     unrelated: list[str] = []  # sets on which it should stay closed, beside the packaged plain texts
     position: Literal["answer", "last"] = "answer"  # from the end of the instruction on, or from the last token on
     generated: Annotated[int, Field(ge=0)] = 8  # tokens of the model's own answer that are read as well
@@ -225,7 +225,7 @@ class Recipe(_Section):
             raise ValueError(f"two gates are called {twice!r}: give each a 'name' of its own")
         named = [*self.estimator.prompts, *(self.estimator.validation or [])] if self.estimator else []
         for gate in gates:
-            named += [gate.prompts, *([gate.validation] if gate.validation else []), *gate.unrelated]
+            named += [*gate.prompts, *(gate.validation or []), *gate.unrelated]
         for name in [*named, *(self.evaluate.sets if self.evaluate else [])]:
             if name not in self.prompts:
                 raise ValueError(f"there is no prompt set {name!r} under 'prompts': {did_you_mean(name, self.prompts)}")

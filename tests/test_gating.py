@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from click.testing import CliRunner
 
 from steer_bake import card, gating, pipeline
@@ -20,7 +22,7 @@ from steer_bake.gating import calibration, fit, passed_through, samples
 from steer_bake.job import Job
 from steer_bake.models import load_model, load_tokenizer
 from steer_bake.probes import Samples, auroc, youden
-from steer_bake.prompts import Prompt
+from steer_bake.prompts import Prompt, encode
 from steer_bake.recipe import parse
 from steer_bake.registry import names
 from steer_bake.sites import Site
@@ -175,6 +177,20 @@ def test_tokens_are_those_behind_the_instruction_and_of_the_models_own_answer(ll
         passed_through(model, words, prompts, [True] * 3, position="first")
 
 
+def test_a_text_without_a_template_is_read_whole_and_nothing_answers_it(llama: Path) -> None:
+    model, words = load_model(llama, dtype="float32"), load_tokenizer(llama)
+    text = "It rained for three days."
+    prompts = [Prompt(messages=(("user", text),)), Prompt(text=text)]
+    for position in ("answer", "last"):
+        asked, plain = passed_through(model, words, prompts, [True, False], position=position, generated=2)
+        assert plain.encoded.ids == tuple(words(text)["input_ids"])
+        assert (plain.encoded.start, plain.encoded.stop) == (1, len(plain.encoded.ids))
+        assert len(asked.encoded.ids) > asked.last + 1 > len(plain.encoded.ids)
+        rows = samples(model, layout(model.config), [asked, plain], [SITE])[SITE]
+        assert rows.last[~rows.positive].any().item() is False
+        assert int(rows.last.sum()) == 1
+
+
 def test_rows_are_what_the_mlp_reads_at_each_token_in_any_batch(llama: Path) -> None:
     model, words = load_model(llama, dtype="float32"), load_tokenizer(llama)
     bound = layout(model.config)
@@ -268,6 +284,34 @@ def test_without_a_validation_set_every_fifth_prompt_is_kept_aside(llama: Path, 
     train, kept = job.fitting.split(gate)
     assert [prompt.beginning for prompt in kept] == [LOUD[4], QUIET[4]]
     assert {prompt.beginning for prompt in train} == {*LOUD, *QUIET} - {LOUD[4], QUIET[4]}
+
+
+def test_a_gate_is_fitted_on_several_sets_texts_among_them(llama: Path, tmp_path: Path) -> None:
+    """What the gate makes of tokens that no template frames is learned from texts, and from nothing else."""
+    texts = [{"text": text, "label": "text"} for text in (*LOUD[::2], *QUIET[::2])]
+    recipe = write_recipe(tmp_path, llama, probe="lda", negative=["quiet", "text"], prompts=["volume", "texts"])
+    jobs.write_rows(tmp_path / "texts.jsonl", texts)
+    content = yaml.safe_load(recipe.read_text())
+    content["prompts"]["texts"] = {"path": "texts.jsonl", "chat": False}
+    content["intervention"]["gate"]["validation"] = ["volume", "texts"]
+    recipe.write_text(yaml.safe_dump(content))
+    job = Job(recipe, tmp_path / "run")
+    job.check()
+    [(_, gate)] = job.fitting.wanted
+    for side in job.fitting.split(gate):
+        assert Counter(prompt.label for prompt in side) == {"loud": 8, "quiet": 8, "text": 8}
+        assert all((prompt.text is not None) == (prompt.label == "text") for prompt in side)
+    bound, words, model = layout(job.base.config), load_tokenizer(llama), load_model(llama, dtype="float32")
+    read = encode(words, [Prompt(text=row["text"]) for row in texts], "mean")
+    shares = {}
+    for name, gates in (
+        ("with", job.fit_gates()),
+        ("without", Job(write_recipe(tmp_path, llama, probe="lda"), tmp_path / "other").fit_gates()),
+    ):
+        values = tokens(model, bound, read, [one.gate.site for one in gates])
+        shares[name] = [float((one.gate.opening(values[one.gate.site], "silu") > 0.5).float().mean()) for one in gates]
+    assert all(one < other for one, other in zip(shares["with"], shares["without"], strict=True))
+    assert max(shares["with"]) < 0.2
 
 
 def test_the_dry_run_of_a_gated_recipe_reads_no_weights(llama: Path, tmp_path: Path) -> None:
