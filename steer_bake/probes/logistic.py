@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -32,7 +33,10 @@ def _fitted(kind: Any, train: Samples, strength: float) -> tuple[Tensor, float]:
     mean = train.values.mean(0)
     deviation = train.values.std(0).clamp_min(1e-6)
     rows, weights = ((train.values - mean) / deviation).numpy(), (train.weights * len(train.values)).numpy()
-    model = kind(C=strength, max_iter=300).fit(rows, train.positive.numpy(), sample_weight=weights)
+    with warnings.catch_warnings():
+        # The weakest penalties take longer than that, and longer would only overfit more: prompts kept aside decide.
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
+        model = kind(C=strength, max_iter=300).fit(rows, train.positive.numpy(), sample_weight=weights)
     probe = torch.from_numpy(model.coef_[0]).float() / deviation
     return probe, float(model.intercept_[0]) - float(probe @ mean)
 
