@@ -106,11 +106,11 @@ def test_an_incoherent_answer_is_no_success_on_either_side(script: Any) -> None:
     assert script.against(before, after, counts_as_refusal=False)["ratio"] == 0.25
 
 
-def test_what_the_recipes_own_is_compared_with_answers_every_second_prompt_of_each_kind(script: Any) -> None:
+def test_what_the_recipes_own_is_compared_with_answers_every_third_prompt_of_each_kind(script: Any) -> None:
     asked = script.questions("test", None)
     assert script.put_to("gated", asked) == script.put_to("base", asked) == asked
-    halves = Counter(row["label"] for row in script.put_to("constant", asked))
-    assert halves == {group: count // 2 for group, count in Counter(row["label"] for row in asked).items()}
+    thirds = Counter(row["label"] for row in script.put_to("constant", asked))
+    assert thirds == {group: count // 3 for group, count in Counter(row["label"] for row in asked).items()}
 
 
 def test_intervals_are_paired(script: Any) -> None:
