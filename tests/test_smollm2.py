@@ -40,7 +40,7 @@ def python(*arguments: str, timeout: int = 1500) -> subprocess.CompletedProcess[
 
 @pytest.mark.slow
 def test_every_leg_of_the_certificate_holds_on_a_real_model(tmp_path: Path) -> None:
-    done = python("scripts/certify", "--prompts", "10", "--json", str(tmp_path / "reports.json"))
+    done = python("scripts/certify", "--prompts", "4", "--json", str(tmp_path / "reports.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads((tmp_path / "reports.json").read_text())
     assert set(reports) == {"add", "ablate", "clamp", "ablate + add"}
@@ -49,7 +49,7 @@ def test_every_leg_of_the_certificate_holds_on_a_real_model(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_adapters_of_a_real_model_are_certified(tmp_path: Path) -> None:
-    done = python("scripts/certify", "--target", "lora", "--prompts", "6", "--json", str(tmp_path / "reports.json"))
+    done = python("scripts/certify", "--target", "lora", "--prompts", "3", "--json", str(tmp_path / "reports.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads((tmp_path / "reports.json").read_text())
     assert set(reports) == {"add", "ablate", "clamp", "ablate + add"}
@@ -58,7 +58,7 @@ def test_adapters_of_a_real_model_are_certified(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_real_model_is_validated_from_disk_with_the_same_figures() -> None:
-    done = python("scripts/bench_validate_stream", "--prompts", "10", "--decode-tokens", "8")
+    done = python("scripts/bench_validate_stream", "--prompts", "4", "--decode-tokens", "8")
     assert done.returncode == 0, done.stdout + done.stderr  # not 0 where a figure differs by more than 1e-6
     verdicts = [line.split()[-1] for line in done.stdout.splitlines() if "stream" in line]
     assert verdicts == ["yes", "yes"]
