@@ -27,7 +27,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors.torch import save_file
@@ -290,6 +290,14 @@ class _Passes:
             self._progress(min(done, self._total), self._total)
 
 
+def start_worker(job: Path, said: IO[str]) -> subprocess.Popen[bytes]:
+    """A fresh process of plain transformers on ``job``, its stderr in the file ``said``."""
+    command = [sys.executable, reload_worker.__file__, str(job)]
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, cwd=job.parent
+    )  # fmt: skip
+
+
 def _run_worker(
     candidates: Mapping[str, adapter.Candidate], job: Mapping[str, Any], along: Tensor, scratch: Path, passes: _Passes
 ) -> dict[str, list[str]]:
@@ -298,11 +306,8 @@ def _run_worker(
     listed = [{"name": name, **candidate} for name, candidate in candidates.items()]
     whole = {**job, "candidates": listed, "out": str(scratch), "along": str(scratch / "along.safetensors")}
     (scratch / "job.json").write_text(json.dumps(whole))
-    command = [sys.executable, reload_worker.__file__, str(scratch / "job.json")]
     with open(scratch / "stderr", "w+", encoding="utf-8", errors="replace") as said:
-        done = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said, cwd=scratch
-        )  # fmt: skip
+        done = start_worker(scratch / "job.json", said)
         passes.follow(done, scratch / "passes")
         said.seek(0)
         stderr = said.read()

@@ -7,11 +7,8 @@ a failure, whatever it is.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,6 +38,7 @@ from steer_bake.steering import steer
 from steer_bake.targets.checkpoint import checkpoint
 
 from . import zoo
+from .plain_worker import PlainWorker
 
 ROOT = Path(__file__).resolve().parent.parent
 #: Operation and site; "middle" is the layer before the middle of the stack.
@@ -74,39 +72,6 @@ class Outcome:
         more = {name: value for name, value in (("stream", self.stream), ("share", self.share)) if value is not None}
         found = {"exact": list(self.how), "gap": f"{self.gap:.0e}", **{name: f"{more[name]:.0e}" for name in more}}
         return {**found, "because": self.why} if self.why else found
-
-
-@dataclass
-class Worker:
-    """A process of plain transformers that loads and measures one folder after another."""
-
-    process: subprocess.Popen[str]
-
-    def measure(self, folder: Path, out: Path, job: dict[str, Any], dtype: str = "float32") -> list[str]:
-        """What did not fit, one sentence each; where nothing, ``out``* holds what was measured."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({**job, "folder": str(folder), "out": str(out), "dtype": dtype}) + "\n")
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise RuntimeError("the worker process died")
-        problems: list[str] = json.loads(answer)["problems"]
-        return problems
-
-
-@contextmanager
-def worker() -> Iterator[Worker]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    environment.pop("PYTHONPATH", None)
-    command = [sys.executable, str(ROOT / "tests/plain_worker.py"), str(ROOT / "steer_bake/reload_worker.py")]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-    ) as process:
-        try:
-            yield Worker(process)
-        finally:
-            process.kill()
 
 
 @contextmanager
@@ -145,7 +110,7 @@ class Bench:
     """One base model, its hooks' reference and a worker."""
 
     folder: Path
-    worker: Worker
+    worker: PlainWorker
     layout: Layout = field(init=False)
     base: Checkpoint = field(init=False)
     model: PreTrainedModel = field(init=False)
@@ -214,8 +179,10 @@ class Bench:
             decoded = reload_worker.greedy(self.model, job["decode"], zoo.PAD, DECODE_TOKENS)
             readings = reload_worker.readings(self.model, ROWS, zoo.PAD, probes, along) if probes else None
         std = torch.cat(hooked).std()
-        reloaded = [load_file(folder / f"file.{index}.safetensors")["logits"] for index in range(len(hooked))]
-        rest = load_file(folder / "file.safetensors")
+        reloaded = [
+            load_file(folder / "file" / f"float32.{index}.safetensors")["logits"] for index in range(len(hooked))
+        ]
+        rest = load_file(folder / "file" / "float32.safetensors")
         gap = _farthest(hooked, reloaded) / float(std)
         effect = _farthest(hooked, self.plain) / float(std)
         stream = None if readings is None else float(torch.maximum(readings, rest["readings"]).max())
@@ -304,7 +271,7 @@ def _farthest(ours: list[Tensor], theirs: list[Tensor]) -> float:
     return max(float((one - other).abs().max()) for one, other in zip(ours, theirs, strict=True))
 
 
-def run(model_type: str, worker: Worker) -> dict[str, dict[str, Outcome]]:
+def run(model_type: str, worker: PlainWorker) -> dict[str, dict[str, Outcome]]:
     """Every cell of a type: ``{"tied": {cell: outcome}, "untied": ...}``."""
     with scratch() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from steer_bake import validate
 from steer_bake.baked import audit_against
 
 from . import tiny
+from .plain_worker import PlainWorker
 from .test_bake import COMBINED, CONSTANT, baked
+
+START_WORKER = validate.start_worker
 
 # The suite runs several workers on few cores; more threads than cores only get in each other's way.
 torch.set_num_threads(int(os.environ.get("STEER_BAKE_TEST_THREADS", "1")))
@@ -44,6 +48,20 @@ def good(llama: Path, tied_llama: Path, tmp_path_factory: pytest.TempPathFactory
         "constant": baked(llama, folder / "constant", CONSTANT),
         "combined": baked(tied_llama, folder / "combined", COMBINED),
     }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_import_transformers_once() -> Iterator[None]:
+    """They are what most of the suite's time went into. See ``a_fresh_process`` for tests of the process itself."""
+    with PlainWorker() as worker, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validate, "start_worker", worker.start)
+        yield
+
+
+@pytest.fixture
+def a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate of this test is made as users have it: by a process that has imported nothing before."""
+    monkeypatch.setattr(validate, "start_worker", START_WORKER)
 
 
 @pytest.fixture(autouse=True)

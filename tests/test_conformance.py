@@ -26,6 +26,7 @@ from steer_bake.validate import validate
 
 from . import conformance, zoo
 from .conformance_report import CELLS, DOCUMENT, as_json, document, holds, kind, stored
+from .plain_worker import PlainWorker
 
 
 def _first_types() -> Iterator[tuple[str, bool]]:
@@ -42,15 +43,15 @@ AGAIN = "run scripts/conformance again and look at what changed in docs/architec
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[conformance.Worker]:
-    with conformance.worker() as found:
+def worker() -> Iterator[PlainWorker]:
+    with PlainWorker() as found:
         yield found
 
 
 @pytest.mark.parametrize(
     "model_type", [pytest.param(name, marks=() if first else pytest.mark.slow) for name, first in _first_types()]
 )
-def test_every_cell_is_exact_or_refused_as_the_table_says(model_type: str, worker: conformance.Worker) -> None:
+def test_every_cell_is_exact_or_refused_as_the_table_says(model_type: str, worker: PlainWorker) -> None:
     found = as_json(conformance.run(model_type, worker))
     wrong = {(name, cell): one for name, cells in found.items() for cell, one in cells.items() if "failed" in one}
     assert not wrong
@@ -77,7 +78,7 @@ def test_most_types_hold_the_two_common_interventions_exactly(cell: str, types: 
 
 @pytest.mark.tampered
 def test_a_mistake_in_one_column_or_an_omission_in_both_is_a_failure(
-    tmp_path: Path, worker: conformance.Worker, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, worker: PlainWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zoo.save("llama", tmp_path / "base")
     right = architectures.claimed()["llama"]
@@ -103,7 +104,7 @@ def add(width: int, layer: int, amount: float) -> list[Intervention]:
     return [intervene("add", Direction(unit(vector)[0], None), Site("resid_post", layer), amount, "unit")]
 
 
-def bfloat16_gap(folder: Path, steering: list[Intervention], tmp_path: Path, worker: conformance.Worker) -> float:
+def bfloat16_gap(folder: Path, steering: list[Intervention], tmp_path: Path, worker: PlainWorker) -> float:
     """Max logit gap / std from hooks on the bfloat16 base to the reloaded bfloat16 file."""
     base = Checkpoint.open(folder)
     plan = make_plan(base, steering, prefer="bit_exact")
@@ -119,15 +120,13 @@ def bfloat16_gap(folder: Path, steering: list[Intervention], tmp_path: Path, wor
         hooked = [reload_worker.logits(model, rows, 0) for rows in job["batches"]]
         decoded = reload_worker.greedy(model, job["decode"], 0, 8)
     assert (hooked[0] - plain).abs().max() / plain.std() > conformance.LEAST_EFFECT
-    assert torch.equal(decoded, load_file(tmp_path / "file.safetensors")["greedy"])
-    files = [load_file(tmp_path / f"file.{index}.safetensors")["logits"] for index in range(2)]
+    assert torch.equal(decoded, load_file(tmp_path / "file" / "float32.safetensors")["greedy"])
+    files = [load_file(tmp_path / "file" / f"float32.{index}.safetensors")["logits"] for index in range(2)]
     return max(float((one - other).abs().max() / one.std()) for one, other in zip(hooked, files, strict=True))
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "llama", "olmo2"])
-def test_a_carrier_is_the_hook_bit_for_bit_in_bfloat16(
-    model_type: str, tmp_path: Path, worker: conformance.Worker
-) -> None:
+def test_a_carrier_is_the_hook_bit_for_bit_in_bfloat16(model_type: str, tmp_path: Path, worker: PlainWorker) -> None:
     zoo.save(model_type, tmp_path / "base", dtype=torch.bfloat16)
     steering = add(zoo.WIDTH, 1, 4.0)
     plan = make_plan(Checkpoint.open(tmp_path / "base"), steering, prefer="bit_exact")
@@ -135,7 +134,7 @@ def test_a_carrier_is_the_hook_bit_for_bit_in_bfloat16(
     assert bfloat16_gap(tmp_path / "base", steering, tmp_path, worker) == 0.0
 
 
-def test_a_bias_is_not_always_the_hook_bit_for_bit_in_bfloat16(tmp_path: Path, worker: conformance.Worker) -> None:
+def test_a_bias_is_not_always_the_hook_bit_for_bit_in_bfloat16(tmp_path: Path, worker: PlainWorker) -> None:
     zoo.save("gpt2", tmp_path / "base", dtype=torch.bfloat16)  # of a Conv1D with a bias; the hook adds to the stream
     base, steering = Checkpoint.open(tmp_path / "base"), add(zoo.WIDTH, 1, 4.0)
     assert make_plan(base, steering).decisions[0].representation == "bias"
@@ -144,7 +143,7 @@ def test_a_bias_is_not_always_the_hook_bit_for_bit_in_bfloat16(tmp_path: Path, w
 
 
 @pytest.mark.slow
-def test_a_carrier_is_the_hook_bit_for_bit_in_a_real_model(tmp_path: Path, worker: conformance.Worker) -> None:
+def test_a_carrier_is_the_hook_bit_for_bit_in_a_real_model(tmp_path: Path, worker: PlainWorker) -> None:
     folder = resolve("smollm2-135m").folder
     assert bfloat16_gap(folder, add(576, 15, 40.0), tmp_path, worker) == 0.0
 
@@ -152,7 +151,7 @@ def test_a_carrier_is_the_hook_bit_for_bit_in_a_real_model(tmp_path: Path, worke
 # --- squares
 
 
-def test_what_squares_lack_is_the_share_of_epsilon(tmp_path: Path, worker: conformance.Worker) -> None:
+def test_what_squares_lack_is_the_share_of_epsilon(tmp_path: Path, worker: PlainWorker) -> None:
     outcomes = {}
     for eps in (1e-4, 1e-6, 1e-12):
         folder = tmp_path / str(eps)

@@ -30,6 +30,7 @@ def report_of(folder: Path, base: Path, interventions: list[Intervention]) -> Re
     return validate(folder, base, interventions, ROWS, **OPTIONS)  # type: ignore[arg-type]
 
 
+@pytest.mark.usefixtures("a_fresh_process")
 @pytest.mark.parametrize("kind", ["constant", "combined"])
 def test_what_was_baked_passes_every_leg(good: dict[str, Path], llama: Path, tied_llama: Path, kind: str) -> None:
     base, interventions = (llama, CONSTANT) if kind == "constant" else (tied_llama, COMBINED)
