@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,22 +28,26 @@ if TYPE_CHECKING:
     from .unbake import Step
 
 WIDTH = 100  # where stdout is a file or a pipe
+SECONDS = 30.0  # between two lines of progress where stderr is a file or a pipe
 
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, drawn once there is something to count; a plain line where stderr is no terminal."""
+    """A bar on stderr, drawn once there is something to count; where stderr is no terminal a line now and then."""
     console = Console(stderr=True)
     percent = TextColumn("{task.percentage:>3.0f}%")
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), percent, TimeElapsedColumn()
-    counted = False
+    counted, told = False, time.monotonic()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None, visible=False)
 
         def advance(done: int, total: int) -> None:
-            nonlocal counted
+            nonlocal counted, told
             counted = True
             bar.update(task, completed=done, total=total, visible=True)
+            if not console.is_terminal and done < total and time.monotonic() - told >= SECONDS:
+                note(f"{what}: {done} of {total}")
+                told = time.monotonic()
 
         yield advance
     if counted:

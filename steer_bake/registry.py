@@ -6,6 +6,7 @@ object it loads. Nothing is imported before it is asked for, except where a whol
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from importlib.metadata import entry_points
@@ -19,12 +20,18 @@ FOLDERS = (
 )  # fmt: skip
 
 
+@functools.cache  # reading what every installed package offers takes 20 ms, and a plan asks hundreds of times
+def _modules(folder: str) -> dict[str, str]:
+    """Module path by name; a file goes before an entry point of its name."""
+    package = importlib.import_module(f"steer_bake.{folder}")
+    found = {entry.name: entry.module for entry in entry_points(group=f"steer_bake.{folder}")}
+    own = [one.name for one in pkgutil.iter_modules(package.__path__) if not one.name.startswith("_")]
+    return found | {name: f"steer_bake.{folder}.{name}" for name in own}
+
+
 def names(folder: str) -> list[str]:
     """The names that ``folder`` (for example ``"estimators"``) offers, sorted."""
-    package = importlib.import_module(f"steer_bake.{folder}")
-    found = {module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")}
-    found.update(entry.name for entry in entry_points(group=f"steer_bake.{folder}"))
-    return sorted(found)
+    return sorted(_modules(folder))
 
 
 def identifier(name: str) -> str:
@@ -38,12 +45,10 @@ def module(folder: str, name: str) -> Any:
     Raises:
         RecipeError: no file and no entry point has that name; the message names the closest one.
     """
-    package, name = importlib.import_module(f"steer_bake.{folder}"), identifier(name)
-    if any(found.name == name for found in pkgutil.iter_modules(package.__path__)):
-        return importlib.import_module(f"steer_bake.{folder}.{name}")
-    for entry in entry_points(group=f"steer_bake.{folder}", name=name):
-        return importlib.import_module(entry.module)
-    raise RecipeError(f"{folder} has no {name!r}: {did_you_mean(name, names(folder))}")
+    found = _modules(folder).get(identifier(name))
+    if found is None:
+        raise RecipeError(f"{folder} has no {identifier(name)!r}: {did_you_mean(identifier(name), names(folder))}")
+    return importlib.import_module(found)
 
 
 def load(folder: str, name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from steer_bake import __version__, direction
+from steer_bake import __version__, direction, display
 from steer_bake.cli import main
 
 from . import jobs, tiny
@@ -124,7 +125,7 @@ def test_run_prints_one_json_object_and_keeps_its_progress_off_stdout(llama: Pat
     assert all(found["ran"].values())
     lines = done.stderr.splitlines()
     assert "validating: done" in lines
-    assert all(line.endswith(": done") for line in lines), "no library talks there"
+    assert all(re.search(r": (done|\d+ of \d+)$", line) for line in lines), "no library talks there"
 
     summary = ok("run", recipe, "-o", tmp_path / "run")
     assert "up to date: extract, bake, validate" in summary.stderr
@@ -134,6 +135,17 @@ def test_run_prints_one_json_object_and_keeps_its_progress_off_stdout(llama: Pat
 
     card = ok("card", tmp_path / "run" / "model", "--dry-run")
     assert card.stdout.strip() == (tmp_path / "run" / "model" / "README.md").read_text().strip()
+
+
+@pytest.mark.parametrize(("seconds", "lines"), [(0.0, ["1 of 3", "2 of 3", "done"]), (3600.0, ["done"])])
+def test_long_work_is_told_now_and_then_where_stderr_is_a_file(
+    seconds: float, lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(display, "SECONDS", seconds)
+    with display.progress("selecting") as advance:
+        for number in range(1, 4):
+            advance(number, 3)
+    assert capsys.readouterr().err.splitlines() == [f"selecting: {line}" for line in lines]
 
 
 def test_a_dry_run_shows_the_plan_and_writes_nothing(llama: Path, tmp_path: Path) -> None:
