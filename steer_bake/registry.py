@@ -20,12 +20,16 @@ FOLDERS = (
 )  # fmt: skip
 
 
-@functools.cache  # reading what every installed package offers takes 20 ms, and a plan asks hundreds of times
 def _modules(folder: str) -> dict[str, str]:
     """Module path by name; a file goes before an entry point of its name."""
-    package = importlib.import_module(f"steer_bake.{folder}")
+    return _found(folder, tuple(importlib.import_module(f"steer_bake.{folder}").__path__))
+
+
+@functools.cache  # reading what every installed package offers takes 20 ms, and a plan asks hundreds of times
+def _found(folder: str, where: tuple[str, ...]) -> dict[str, str]:
+    """Of a package that looks for its modules in ``where``: a program may append a folder of its own."""
     found = {entry.name: entry.module for entry in entry_points(group=f"steer_bake.{folder}")}
-    own = [one.name for one in pkgutil.iter_modules(package.__path__) if not one.name.startswith("_")]
+    own = [one.name for one in pkgutil.iter_modules(where) if not one.name.startswith("_")]
     return found | {name: f"steer_bake.{folder}.{name}" for name in own}
 
 
