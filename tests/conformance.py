@@ -40,7 +40,6 @@ from steer_bake.targets.checkpoint import checkpoint
 from . import zoo
 from .plain_worker import PlainWorker
 
-ROOT = Path(__file__).resolve().parent.parent
 #: Operation and site; "middle" is the layer before the middle of the stack.
 CELLS = (
     *("add resid_post.middle", "add resid_post.all", "add resid_mid.middle", "add resid_pre.0"),

@@ -8,6 +8,7 @@ It never imports steer_bake; ``reload_worker.main`` ends with an error where it 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import select
@@ -88,8 +89,6 @@ class Running:
 
 
 def serve(instrument: str) -> None:
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("reload_worker", instrument)
     assert spec is not None
     assert spec.loader is not None

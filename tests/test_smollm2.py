@@ -66,7 +66,7 @@ def test_a_real_model_is_validated_from_disk_with_the_same_figures() -> None:
 
 @pytest.mark.slow
 def test_the_quickstart_steers_a_model_that_plain_transformers_loads(tmp_path: Path) -> None:
-    run = ["-m", "steer_bake", "run", "recipes/quickstart.yaml", "-o", str(tmp_path / "run"), "--no-safety", "--json"]
+    run = ["-m", "steer_bake", "run", "recipes/quickstart.yaml", "-o", str(tmp_path / "run"), "--json"]
     done = python(*run)
     assert done.returncode == 0, done.stderr
     outcome = json.loads(done.stdout)
@@ -74,6 +74,7 @@ def test_the_quickstart_steers_a_model_that_plain_transformers_loads(tmp_path: P
     [behaviour] = outcome["evaluation"]["behaviour"]
     assert behaviour["base"]["total"] >= 24
     assert behaviour["low"] > 0.2  # the lower end of the 95 % interval of the gain in gloomy answers
+    assert {row["prompt_set"] for row in outcome["evaluation"]["safety"]} == {"safety/harmful", "safety/harmless"}
 
     rows = (ROOT / "recipes/prompts/mood/test.jsonl").read_text().splitlines()[:16]
     questions = json.dumps([json.loads(row)["text"] for row in rows])
