@@ -131,8 +131,9 @@ def nudged(model: PreTrainedModel, draw: int) -> Iterator[None]:
     last place. Draw 0 is the model as it is."""
 
     def nudge(_module: Any, _args: Any, output: Tensor) -> Tensor:
-        random = torch.rand(output.shape, generator=source).to(output.device) - 0.5
-        return (output.float() * (1 + torch.finfo(output.dtype).eps * random)).to(output.dtype)
+        wide = torch.float64 if output.dtype == torch.float32 else torch.float32  # holds 1 + eps * random
+        random = torch.rand(output.shape, generator=source).to(output.device, wide) - 0.5
+        return (output.to(wide) * (1 + torch.finfo(output.dtype).eps * random)).to(output.dtype)
 
     source = torch.Generator().manual_seed(draw)
     handle = model.get_input_embeddings().register_forward_hook(nudge) if draw else None
@@ -204,11 +205,11 @@ def _module(model: PreTrainedModel, path: str) -> nn.Module:
 
 
 def measure(
-    model: PreTrainedModel, job: dict[str, Any], along: Tensor, out: Path, *, whole: bool, draws: int = 1
+    model: PreTrainedModel, job: dict[str, Any], along: Tensor, out: Path, *, draws: Sequence[int], whole: bool
 ) -> None:
     """Write ``<out>.<batch>.safetensors`` with each batch's logits, ``<out>.<batch>.<draw>.safetensors`` with those of
     further draws; ``whole``: decoding and readings too."""
-    for draw in range(draws):
+    for draw in draws:
         with nudged(model, draw):
             for index, rows in enumerate(job["batches"]):
                 found = {"logits": logits(model, rows, job["pad_id"])}
@@ -229,7 +230,7 @@ def main(job_file: str) -> None:
     out = Path(job["out"])
     with open(out / "passes", "wb", buffering=0) as passes:
         for candidate in job["candidates"]:
-            name, dtype, whole = candidate["name"], candidate["dtype"], candidate["name"] == "float32"
+            name, dtype, draws = candidate["name"], candidate["dtype"], candidate["draws"]
             if "adapter" in candidate:
                 model, problems[name] = load_adapted(
                     candidate["folder"], candidate["adapter"], candidate["through"], dtype, job["device"]
@@ -238,8 +239,7 @@ def main(job_file: str) -> None:
                 model, problems[name] = load_strict(candidate["folder"], dtype, job["device"], stream=job["stream"])
             if not problems[name]:
                 count_passes(model, lambda: passes.write(b"."))  # a byte for each: the file's length is the count
-                draws = job["draws"] if name == "storage" else 1
-                measure(model, job, along, out / name, whole=whole, draws=draws)
+                measure(model, job, along, out / name, draws=draws, whole=name == "float32" and 0 in draws)
             del model
     if "steer_bake" in sys.modules:
         raise SystemExit("steer_bake was imported; the process is not plain transformers")

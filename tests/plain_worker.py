@@ -58,8 +58,9 @@ class PlainWorker:
         """What did not fit when ``folder`` was loaded, one sentence each; where nothing, ``out`` holds ``float32.*``:
         logits by batch, decoded tokens and readings."""
         out.mkdir(exist_ok=True)
-        candidate = {"name": "float32", "folder": str(folder), "dtype": dtype}  # a name that is decoded and read
-        whole = {"device": "cpu", "stream": False, "draws": 1, "threads": 1, **job, "out": str(out)}
+        # a name that is decoded and read
+        candidate = {"name": "float32", "folder": str(folder), "dtype": dtype, "draws": [0]}
+        whole = {"device": "cpu", "stream": False, "threads": 1, **job, "out": str(out)}
         (out / "job.json").write_text(json.dumps({**whole, "candidates": [candidate]}))
         with open(out / "stderr", "w+", encoding="utf-8") as said:
             if self.start(out / "job.json", said).wait():

@@ -16,7 +16,7 @@ from peft.helpers import rescale_adapter_scale
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from steer_bake import adapter, card, manifest, pipeline
+from steer_bake import adapter, card, comparison, manifest, pipeline
 from steer_bake.audit import audit
 from steer_bake.checkpoint import Checkpoint
 from steer_bake.cli import main
@@ -187,6 +187,27 @@ def test_the_certificate_of_other_families(bases: Callable[[str], Path], tmp_pat
     report = validate(folder, bases(kind), steering, rows, pad_id=0, decode_prompts=3, decode_tokens=8)
     report.require()
     assert set(report.legs) == {"adapter", "AutoModelForCausalLM", "AutoPeftModelForCausalLM"}
+
+
+def test_where_the_first_draw_is_past_the_limit_every_way_to_load_it_is_drawn_again(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steering = [ablate("writers")]
+    folder = adapted(llama, tmp_path / "out", steering)
+    report = validate(folder, llama, steering, ROWS, pad_id=PAD, decode_prompts=1, decode_tokens=2)
+    monkeypatch.setattr(comparison, "ADAPTER_TOLERANCE", report.legs["adapter"].max_over_std / 2)
+    done: list[tuple[int, int]] = []
+    again = validate(
+        folder, llama, steering, ROWS,
+        pad_id=PAD, decode_prompts=1, decode_tokens=2, progress=lambda *passes: done.append(passes),
+    )  # fmt: skip
+    drawn = [check.name for check in again.checks if "median of 3 draws" in check.detail]
+    assert drawn == [
+        f"function, {name} (float32)" for name in ("adapter", "AutoModelForCausalLM", "AutoPeftModelForCausalLM")
+    ]
+    assert again.legs["AutoModelForCausalLM"] == again.legs["AutoPeftModelForCausalLM"]
+    assert done == sorted(done)
+    assert done[-1][0] == done[-1][1]
 
 
 def test_a_tokenizer_larger_than_the_embedding_does_not_resize_it(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -232,8 +233,12 @@ def test_memory_holds_a_tensor_and_not_the_model(llama: Path, tmp_path: Path) ->
     base = many_layers(tmp_path / "base")
     out = baked(base, tmp_path / "out", wide_addition())
     command = [sys.executable, "-c", MEASURE, str(out), str(base), str(llama)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+    # Tensors of this size come from the heap of glibc, which was seen to keep 190 MiB of what had been freed; those
+    # above 32 MiB never do. So that what is held is measured, these do not either.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True, env=environment)
     passed, libraries, peak = json.loads(done.stdout.splitlines()[-1])
     assert passed
     assert (base / "model.safetensors").stat().st_size > 300e6
-    assert peak - libraries < 200, f"{peak:.0f} MiB, {libraries:.0f} of them before anything was loaded"
+    # Measured: 22 MiB, two of the largest tensors in float32.
+    assert peak - libraries < 60, f"{peak:.0f} MiB, {libraries:.0f} of them before anything was loaded"
