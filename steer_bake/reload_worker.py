@@ -132,8 +132,9 @@ def nudged(model: PreTrainedModel, draw: int) -> Iterator[None]:
 
     def nudge(_module: Any, _args: Any, output: Tensor) -> Tensor:
         wide = torch.float64 if output.dtype == torch.float32 else torch.float32  # holds 1 + eps * random
-        random = torch.rand(output.shape, generator=source).to(output.device, wide) - 0.5
-        return (output.to(wide) * (1 + torch.finfo(output.dtype).eps * random)).to(output.dtype)
+        random = torch.rand(output.shape, generator=source).to(wide) - 0.5
+        moved = output.cpu().to(wide) * (1 + torch.finfo(output.dtype).eps * random)  # not every device has float64
+        return moved.to(output.dtype).to(output.device)
 
     source = torch.Generator().manual_seed(draw)
     handle = model.get_input_embeddings().register_forward_hook(nudge) if draw else None
