@@ -203,6 +203,9 @@ def _check_tensors(stored: Mapping[str, Tensor], planned: Mapping[str, Tensor], 
     return Check("tensors", not wrong, None, None, listed(wrong) or good)
 
 
+#: Beside PeftModel, to which the base is given: what finds the base by the name in the adapter's config.
+OTHER_LOADERS = ("AutoPeftModelForCausalLM", "AutoModelForCausalLM")
+
 Candidate = dict[str, str]  # "folder" and "dtype"; of an adapter, whose folder is the base, "adapter" and "through"
 
 
@@ -224,7 +227,7 @@ def candidates(folder: Path, base: Checkpoint, storage: str, scratch: Path) -> d
         shutil.copy(folder / WEIGHTS, copy)
     whole = {"folder": str(base.folder.resolve()), "dtype": "float32", "through": "PeftModel", "adapter": str(folder)}
     found = {"float32": whole}
-    for route in ("AutoPeftModelForCausalLM", "AutoModelForCausalLM"):
+    for route in OTHER_LOADERS:
         found[route] = {**whole, "through": route, "adapter": str(copy)}
     if storage != "float32":
         found["storage"] = {**whole, "dtype": storage}

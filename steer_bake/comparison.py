@@ -152,11 +152,9 @@ class Comparison:
     loaded: frozenset[str]  # the candidates that were loaded and measured
     advance: Callable[[], object] = lambda: None  # called for every pass over the model
     effect: Distance = field(default_factory=Distance)  # base to hooks
-    exact: Distance = field(default_factory=Distance)  # hooks to the candidate, float32
+    exact: dict[str, list[Distance]] = field(default_factory=dict)  # hooks to each candidate read as float32, by draw
     storage: list[Distance] = field(default_factory=lambda: _draws())  # float32 hooks to the file in its own dtype
     floor: list[Distance] = field(default_factory=lambda: _draws())  # float32 hooks to hooks in that dtype
-    routes: dict[str, Distance] = field(default_factory=dict)  # hooks to an adapter loaded in other ways, float32
-    redrawn: dict[str, list[Distance]] = field(default_factory=dict)  # of these in float32: their further draws
     readings: dict[str, Tensor] = field(default_factory=dict)
     norms: dict[Site, float] = field(default_factory=dict)  # mean |h| of the base where something is added
     missing: dict[int, float] = field(default_factory=dict)  # by layer: what squares lack of the vector, at worst
@@ -169,28 +167,24 @@ class Comparison:
             self._float32(model)
         if "storage" in self.loaded:
             with self._model(storage_dtype(self.base)) as model, steer(model, self.plan.interventions):
-                for draw, floor in enumerate(self.floor):
-                    with reload_worker.nudged(model, draw):
-                        for index, rows in enumerate(self.job["batches"]):
-                            hooked = load_file(self.scratch / f"hooked.{index}.safetensors")["logits"]
-                            floor.update(hooked, reload_worker.logits(model, rows, self.job["pad_id"]))
+                for draw, index, found in reload_worker.drawn(model, self.job, range(DRAWS)):
+                    hooked = load_file(self.scratch / f"hooked.{index}.safetensors")["logits"]
+                    self.floor[draw].update(hooked, found)
 
     def a_little_past_the_limit(self) -> list[str]:
         """The candidates read as float32 that may owe it to this one draw of the rounding noise (:data:`ONE_DRAW`)."""
         limit = math.inf if self.plan.is_approximate else self._tolerance
-        gaps = {name: self._gap(name).max_over_std for name in sorted(self.loaded - {"storage"})}
+        gaps = {name: self._gap(name).max_over_std for name in self.exact}
         return [name for name, gap in gaps.items() if limit < gap <= ONE_DRAW * limit]
 
     def draw_again(self, names: Sequence[str]) -> None:
         """Compare the further draws of the candidates ``names``, which are in ``scratch`` by now, with the hooks'."""
-        self.redrawn = {name: [Distance() for _ in range(1, DRAWS)] for name in names}
+        for name in names:
+            self.exact[name] += [Distance() for _ in range(1, DRAWS)]
         with self._model("float32") as model, steer(model, self._reference()):
-            for draw in range(1, DRAWS):
-                with reload_worker.nudged(model, draw):
-                    for index, rows in enumerate(self.job["batches"]):
-                        hooked = reload_worker.logits(model, rows, self.job["pad_id"])
-                        for name, found in self.redrawn.items():
-                            found[draw - 1].update(hooked, self._candidate(name, index, draw))
+            for draw, index, hooked in reload_worker.drawn(model, self.job, range(1, DRAWS)):
+                for name in names:
+                    self.exact[name][draw].update(hooked, self._candidate(name, index, draw))
 
     def _reference(self) -> list[Intervention]:
         """What the candidate read as float32 must equal."""
@@ -208,9 +202,9 @@ class Comparison:
             if "float32" in self.loaded:
                 with steer(model, stored):
                     reference = reload_worker.logits(model, rows, pad_id) if stored != hooks else hooked
-                self.exact.update(reference, self._candidate("float32", index))
+                self._first_draw("float32").update(reference, self._candidate("float32", index))
             for route in sorted(self.loaded - {"float32", "storage"}):
-                self.routes.setdefault(route, Distance()).update(hooked, self._candidate(route, index))
+                self._first_draw(route).update(hooked, self._candidate(route, index))
             if "storage" in self.loaded:
                 for draw, storage in enumerate(self.storage):
                     storage.update(hooked, self._candidate("storage", index, draw))
@@ -224,7 +218,10 @@ class Comparison:
                 rows = self.job["batches"][0]
                 self.readings["hooks"] = reload_worker.readings(model, rows, pad_id, self.job["probes"], self.along)
                 self.readings["reloaded, float32"] = found["readings"]
-        self.exact.compare_decoding(decoded, found["greedy"])
+        self._first_draw("float32").compare_decoding(decoded, found["greedy"])
+
+    def _first_draw(self, name: str) -> Distance:
+        return self.exact.setdefault(name, [Distance()])[0]
 
     def _candidate(self, name: str, index: int, draw: int = 0) -> Tensor:
         return load_file(self.scratch / f"{name}.{index}{f'.{draw}' if draw else ''}.safetensors")["logits"]
@@ -294,18 +291,17 @@ class Comparison:
 
     def _gap(self, name: str) -> Gap:
         """Of a candidate read as float32: the first draw, which decoded too, or the median where there are more."""
-        first = self.exact if name == "float32" else self.routes[name]
-        draws = [first, *self.redrawn.get(name, [])]
+        draws = self.exact[name]
         median = middle(draws, lambda one: one.gap().max_over_std)
-        return replace(median.gap(), first_divergence=first.first_divergence)
+        return replace(median.gap(), first_divergence=draws[0].first_divergence)
 
     def _how_far(self, name: str) -> str:
+        first, *others = (one.gap().max_over_std for one in self.exact[name])
         far = f"max gap {self._gap(name).max_over_std:.1e} std"
-        return f"{far}, median of {DRAWS} draws" if name in self.redrawn else far
+        return f"{far}, median of {DRAWS} draws, the first {first:.1e}" if others else far
 
     def legs(self) -> dict[str, Gap]:
-        found = {self._exact_leg: self._gap("float32")} if "float32" in self.loaded else {}
-        found |= {route: self._gap(route) for route in self.routes}
+        found = {self._exact_leg if name == "float32" else name: self._gap(name) for name in self.exact}
         return found | ({"storage": middle(self.storage).gap()} if "storage" in self.loaded else {})
 
     def floor_kl(self) -> float | None:
@@ -314,10 +310,10 @@ class Comparison:
     def checks(self) -> Iterator[Check]:
         if "float32" in self.loaded:
             yield self._approximation() if self.plan.is_approximate else self._exactness()
-        for route in self.routes:
-            off = self._gap(route).max_over_std
+        for route in (name for name in self.exact if name != "float32"):
+            limit, off = self._tolerance, self._gap(route).max_over_std
             detail = f"{self._how_far(route)}, loaded through {route}"
-            yield Check(f"function, {route} (float32)", off <= ADAPTER_TOLERANCE, off, ADAPTER_TOLERANCE, detail)
+            yield Check(f"function, {route} (float32)", off <= limit, off, limit, detail)
         if "storage" in self.loaded:
             yield self._rounding()
         for what, found in self.readings.items():
@@ -368,7 +364,7 @@ class Comparison:
         yield Check.of("gates", wrong, good)
 
     def _approximation(self) -> Check:
-        gap, effect = self.exact.gap(), self.effect.gap()
+        gap, effect = self._gap("float32"), self.effect.gap()
         limit = APPROXIMATE_SHARE * effect.max_over_std
         return Check(
             "function, approximate (float32)", gap.max_over_std <= limit, gap.max_over_std, limit,
@@ -381,7 +377,7 @@ class Comparison:
         margin = ADAPTER_MARGIN if self.plan.target == "lora" else NOISE_MARGIN
         stored, hooked = middle(self.storage), middle(self.floor)
         kl, floor = stored.gap().kl, hooked.gap().kl
-        known = self.exact.gap().kl if self.plan.is_approximate and "float32" in self.loaded else 0.0
+        known = self._gap("float32").kl if self.plan.is_approximate and "float32" in self.loaded else 0.0
         # Small divergences are squared distances: two that are independent of each other add up under the root at most.
         # A few tokens make most of either mean: what so many tokens leave open is no sign of anything.
         open_still = SAMPLING_ERRORS * math.hypot(stored.kl_error(), margin * hooked.kl_error())

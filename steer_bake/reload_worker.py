@@ -145,6 +145,14 @@ def nudged(model: PreTrainedModel, draw: int) -> Iterator[None]:
             handle.remove()
 
 
+def drawn(model: PreTrainedModel, job: dict[str, Any], draws: Sequence[int]) -> Iterator[tuple[int, int, Tensor]]:
+    """Every draw, number of a batch, and its :func:`logits`."""
+    for draw in draws:
+        with nudged(model, draw):
+            for index, rows in enumerate(job["batches"]):
+                yield draw, index, logits(model, rows, job["pad_id"])
+
+
 @torch.inference_mode()
 def greedy(model: PreTrainedModel, rows: Sequence[Sequence[int]], pad_id: int, tokens: int) -> Tensor:
     """Cached greedy decoding of one left-padded batch, [batch, <= tokens] ids, padded with ``pad_id`` after the end."""
@@ -210,11 +218,8 @@ def measure(
 ) -> None:
     """Write ``<out>.<batch>.safetensors`` with each batch's logits, ``<out>.<batch>.<draw>.safetensors`` with those of
     further draws; ``whole``: decoding and readings too."""
-    for draw in draws:
-        with nudged(model, draw):
-            for index, rows in enumerate(job["batches"]):
-                found = {"logits": logits(model, rows, job["pad_id"])}
-                save_file(found, f"{out}.{index}{f'.{draw}' if draw else ''}.safetensors")
+    for draw, index, found in drawn(model, job, draws):
+        save_file({"logits": found}, f"{out}.{index}{f'.{draw}' if draw else ''}.safetensors")
     if whole:
         rest = {"greedy": greedy(model, job["decode"], job["pad_id"], job["decode_tokens"])}
         if job["probes"]:

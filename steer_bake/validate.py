@@ -218,7 +218,7 @@ def _check_room(base: Checkpoint, plan: Plan, tokens: int, scratch: Path) -> Non
     """Refuse to begin what would fill the disk of ``scratch``: logits, and edited matrices once more in float32."""
     vocabulary = base.config.get("vocab_size")
     logits = 4 * tokens * vocabulary if isinstance(vocabulary, int) else 0
-    exact = 3 if plan.target == "lora" else 1  # of an adapter: loaded in three ways
+    exact = 1 + (len(adapter.OTHER_LOADERS) if plan.target == "lora" else 0)
     # Those of the hooks are kept beside them for the storage dtype; before more are drawn all are forgotten.
     first = exact if storage_dtype(base) == "float32" else exact + 1 + DRAWS
     needed = max(first, exact * (DRAWS - 1)) * logits
@@ -275,8 +275,8 @@ class _Passes:
         batches, sides = len(job["batches"]), 2 * len(candidates)  # every candidate has its hooks beside it
         self._batches = batches
         whole = job["decode_tokens"] + bool(job["probes"])
-        if plan.target == "lora":  # loaded in two more ways, with the hooks that the first one has
-            sides -= 2
+        if plan.target == "lora":  # loaded in other ways too, with the hooks that the first one has
+            sides -= len(adapter.OTHER_LOADERS)
         redrawn = 2 * (DRAWS - 1) * ("storage" in candidates)
         self._total = (sides + 1 + plan.is_constant + redrawn) * batches + 2 * whole
         self._done = 0

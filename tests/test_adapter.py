@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -207,7 +209,23 @@ def test_where_the_first_draw_is_past_the_limit_every_way_to_load_it_is_drawn_ag
     ]
     assert again.legs["AutoModelForCausalLM"] == again.legs["AutoPeftModelForCausalLM"]
     assert done == sorted(done)
-    assert done[-1][0] == done[-1][1]
+    # The hooks' passes are counted one by one: were there more or fewer than announced, the last step would be another.
+    assert done[-1] == (done[-1][1], done[-2][1])
+    assert done[-1][0] == done[-2][0] + 1
+
+
+def test_the_disk_has_room_for_the_logits_of_every_way_to_load_it(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapted(llama, tmp_path / "out", [add("resid_post.1")])
+    logits_of_all = 4 * sum(map(len, ROWS)) * Checkpoint.open(llama).config["vocab_size"]
+    for times, is_enough in ((6.9, False), (7.1, True)):  # three in float32, the hooks', three draws in bfloat16
+        free = SimpleNamespace(free=int(times * logits_of_all))
+        monkeypatch.setattr("shutil.disk_usage", lambda _path, free=free: free)
+        with nullcontext() if is_enough else pytest.raises(CheckpointError, match="point TMPDIR to a disk with room"):
+            validate(
+                folder, llama, [add("resid_post.1")], ROWS, pad_id=PAD, decode_prompts=1, decode_tokens=2
+            ).require()
 
 
 def test_a_tokenizer_larger_than_the_embedding_does_not_resize_it(tmp_path: Path) -> None:

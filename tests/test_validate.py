@@ -257,6 +257,18 @@ def test_draws_differ_by_rounding_and_leave_the_model_as_it_was(llama: Path) -> 
         assert 0 < (found[one] - found[other]).abs().max() / plain.std() < 0.2
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_draw_moves_numbers_either_way_by_no_more_than_a_unit_in_the_last_place(llama: Path, dtype: str) -> None:
+    model, _ = load_strict(str(llama), dtype)
+    table, tokens = model.get_input_embeddings(), torch.arange(256)
+    before = table(tokens)
+    with nudged(model, 1):
+        moved = table(tokens).double() / before.double() - 1
+    assert (moved > 0).float().mean() > 0.05  # longer and shorter: neither is rounded away
+    assert (moved < 0).float().mean() > 0.05
+    assert moved.abs().max() <= torch.finfo(before.dtype).eps
+
+
 def test_of_several_draws_the_median_counts() -> None:
     draws = [Distance(kl=kl, greatest=greatest) for kl, greatest in ((3.0, 0.2), (1.0, 0.1), (2.0, 0.3))]
     assert middle(draws) is draws[2]
